@@ -1,0 +1,48 @@
+# `make demo` and `make test` each set up all they need; either may come first.
+#
+#   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
+#   make test   the test suite
+#   make lint   ruff and mypy
+#   make clean  remove what the above made, the virtual environment included
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+DEMO_CONFIG := configs/odconv/retinanet_od_r18_shapes.py
+DEMO_DIR := work_dirs/demo
+DEMO_DATA := data/shapes
+
+.PHONY: demo test lint clean setup
+
+setup: $(READY)
+
+$(READY): setup.py $(wildcard requirements/*.txt) tools/setup_venv.sh
+	PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/setup_venv.sh '$(VENV)'
+	touch $@
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(READY)
+	$(BIN)/python tools/make_shapes_dataset.py $(DEMO_DATA)
+	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR)
+	$(BIN)/python tools/analysis_tools/plot_curves.py $(DEMO_DIR) --out $(DEMO_DIR)/curves.png
+	$(BIN)/python tools/image_demo.py $(DEMO_DATA)/val $(DEMO_CONFIG) \
+	    "$$(cat $(DEMO_DIR)/last_checkpoint)" --limit 6 --out-dir $(DEMO_DIR)/detections
+	@echo
+	@echo "Curves:     $(DEMO_DIR)/curves.png"
+	@echo "Detections: $(DEMO_DIR)/detections/*.png"
+
+clean:
+	rm -rf '$(VENV)' work_dirs data/shapes build *.egg-info mmdet_odconv/.mim

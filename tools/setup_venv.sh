@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Make a virtual environment with torch, mmcv (compiled), mmdet and this package in it.
+# Usage: [PYTHON=python3] [TORCH=torch==2.13.0] tools/setup_venv.sh FOLDER
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:?FOLDER is missing}
+python=${PYTHON:-python3}
+torch=${TORCH:-torch==2.13.0}
+
+"$python" - <<'PY'
+import sys
+if sys.version_info < (3, 10):
+    sys.exit(f'Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; '
+             'name another with PYTHON=...')
+PY
+if ! command -v c++ >/dev/null; then
+    echo 'A C++ compiler is needed to build mmcv (Debian: apt-get install g++).' >&2
+    exit 1
+fi
+
+echo "== 1/4  virtual environment in $venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+# By exact version: a range lets pip fetch gigabytes of CUDA libraries.
+echo "== 2/4  $torch"
+pip install --quiet "$torch"
+pip install --quiet -r requirements/build.txt
+
+echo '== 3/4  mmcv and mmdet; mmcv is compiled: about 8 minutes on 2 cores the first time, then'
+echo '        pip has the wheel. Its progress (files compiled/files in all):'
+log=$venv/mmcv-build.log
+# The constraint keeps mmdet's dependencies from replacing the setuptools that mmcv needs.
+MMCV_WITH_OPS=1 CFLAGS=-g0 pip install --verbose --no-build-isolation --no-binary mmcv \
+    -c requirements/build.txt -r requirements/mminstall.txt 2>&1 |
+    tee "$log" | grep --line-buffered --only-matching --extended-regexp '^ *\[[0-9]+/[0-9]+\]' || true
+if ! "$venv/bin/python" -c 'import mmcv.ops, mmdet' 2>>"$log"; then
+    tail -n 30 "$log" >&2
+    echo "mmcv or mmdet did not install; the whole log is $log" >&2
+    exit 1
+fi
+
+echo '== 4/4  this package and what its tests need'
+pip install --quiet -r requirements.txt
+pip install --quiet --no-build-isolation --no-deps -e .
