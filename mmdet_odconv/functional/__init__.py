@@ -1,0 +1,15 @@
+"""The maths of ODConv as pure functions of tensors: no module state, no parameters."""
+
+from .attention import Attentions, global_average_pool, sigmoid_attention, softmax_attention
+from .odconv import mix_kernel_bank, odconv
+from .temperature import annealed_temperature
+
+__all__ = [
+    'Attentions',
+    'annealed_temperature',
+    'global_average_pool',
+    'mix_kernel_bank',
+    'odconv',
+    'sigmoid_attention',
+    'softmax_attention',
+]

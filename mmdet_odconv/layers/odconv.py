@@ -1,0 +1,268 @@
+"""ODConv layers: drop-in replacements of ``nn.Conv1d/2d/3d``.
+
+Paper: Omni-Dimensional Dynamic Convolution (https://openreview.net/forum?id=DmpCfq6Mg39)
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..functional import odconv
+from .attention import ODConvAttention
+
+
+class _ODConvNd(nn.Module):
+    """Omni-dimensional dynamic convolution.
+
+    y = f ⊙ conv(c ⊙ x, Σ_j k_j · (s ⊙ W_j)) + bias, where the channel, filter, spatial and kernel
+    attentions c, f, s and k are computed from x (:class:`ODConvAttention`) and W is a bank of K
+    kernels.
+
+    The defaults train from scratch: ``attention_init='zero'`` lets the attentions start as
+    constants, where the published initialisation has gradients thousands of times those of a
+    plain convolution. The paper's form is ``attention_init='published'`` with the temperature
+    annealed from 30 (:class:`ODConvTemperatureHook`).
+
+    In training, a BatchNorm of the attention sees one value per sample. With a single sample it
+    has no variance to take: such a step normalises with the running statistics and leaves them.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As in ``torch.nn.Conv2d``.
+        device, dtype: As in ``torch.nn.Conv2d``.
+        kernel_num (int): K, kernels in the bank. Default: 4.
+        reduction (float): Width of the attention branch relative to ``in_channels``.
+            Default: 1/16.
+        min_attention_channels (int): Least width of the attention branch. Default: 16.
+        temperature (float): T of the attentions, positive. Default: 1.0.
+        norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, LN or GN, or None.
+            Default: ``dict(type='BN')``.
+        attention_init (str): 'zero' or 'published'
+            (:meth:`ODConvAttention.reset_parameters`). Default: 'zero'.
+        attention_bias (float): Bias of the sigmoid heads at the 'zero' init. Default: 2.2.
+
+    Shape:
+        Input (B, C_in, *size) or (C_in, *size), output (B, C_out, *size') or (C_out, *size'),
+        with the sizes of the plain convolution. B may be 0.
+
+    Raises:
+        ValueError: An argument is out of its range (the message names it and its value), or an
+            input has the wrong number of channels or dimensions.
+    """
+
+    ndim: ClassVar[int]
+    padding: tuple[int, ...] | str
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        kernel_num: int = 4,
+        reduction: float = 1 / 16,
+        min_attention_channels: int = 16,
+        temperature: float = 1.0,
+        norm_cfg: dict[str, Any] | None = dict(type='BN'),  # noqa: B006  mmdet's idiom
+        attention_init: str = 'zero',
+        attention_bias: float = 2.2,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = self._sizes('kernel_size', kernel_size, least=1)
+        self.stride = self._sizes('stride', stride, least=1)
+        self.dilation = self._sizes('dilation', dilation, least=1)
+        self.padding = (
+            padding if isinstance(padding, str) else self._sizes('padding', padding, least=0)
+        )
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.kernel_num = kernel_num
+        self._check_arguments()
+
+        # Before the bank, whose size it checks.
+        attention = ODConvAttention(
+            in_channels,
+            out_channels,
+            self.kernel_size,
+            groups=groups,
+            kernel_num=kernel_num,
+            reduction=reduction,
+            min_attention_channels=min_attention_channels,
+            temperature=temperature,
+            norm_cfg=norm_cfg,
+            attention_init=attention_init,
+            attention_bias=attention_bias,
+            device=device,
+            dtype=dtype,
+        )
+        shape = (kernel_num, out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter('bias', None)
+        self.attention = attention
+        self._reset_bank()
+
+    @classmethod
+    def like(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, **odconv_args: Any) -> '_ODConvNd':
+        """A new ODConv layer with the geometry, device and type of the plain ``conv``.
+
+        Args:
+            conv (nn.Module): An ``nn.Conv1d/2d/3d`` of this class's dimensions.
+            **odconv_args: ``kernel_num``, ``reduction`` and the other arguments of ODConv's own.
+        """
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            conv.weight.device,
+            conv.weight.dtype,
+            **odconv_args,
+        )
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal (fan_out, ReLU) for each kernel of the bank, bias 0, and the attention."""
+        self._reset_bank()
+        self.attention.reset_parameters()
+
+    def init_weights(self) -> None:
+        """The name under which mmcv and mmengine look for a layer's own initialisation."""
+        self.reset_parameters()
+
+    @property
+    def temperature(self) -> float:
+        """T of the attentions; see also :func:`set_temperature`."""
+        return self.attention.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.attention.temperature = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == self.ndim + 1:
+            return self.forward(x[None])[0]
+        if x.dim() != self.ndim + 2:
+            raise ValueError(
+                f'{type(self).__name__} expects an input of {self.ndim + 2} dimensions '
+                f'(or {self.ndim + 1}, without the batch), got shape {tuple(x.shape)}'
+            )
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'{type(self).__name__} expects {self.in_channels} input channels, '
+                f'got {x.shape[1]} (shape {tuple(x.shape)})'
+            )
+        attentions = self.attention(x)
+        padding: Sequence[int] | str = self.padding
+        if self.padding_mode != 'zeros':
+            x, padding = F.pad(x, self._pad_widths(), mode=self.padding_mode), (0,) * self.ndim
+        return odconv(
+            x,
+            self.weight,
+            attentions,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [
+            f'{self.in_channels}, {self.out_channels}',
+            f'kernel_size={self.kernel_size}',
+            f'stride={self.stride}',
+            f'padding={self.padding}',
+            f'dilation={self.dilation}',
+            f'groups={self.groups}',
+            f'bias={self.bias is not None}',
+            f'padding_mode={self.padding_mode}',
+            f'kernel_num={self.kernel_num}',
+            f'temperature={self.temperature}',
+        ]
+        return ', '.join(parts)
+
+    def _reset_bank(self) -> None:
+        for kernel in self.weight:
+            nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _pad_widths(self) -> list[int]:
+        """The padding in ``F.pad``'s order: last dimension first, before and after."""
+        if self.padding == 'valid':
+            return [0] * 2 * self.ndim
+        widths: list[int] = []
+        for i in reversed(range(self.ndim)):
+            if isinstance(self.padding, str):
+                total = self.dilation[i] * (self.kernel_size[i] - 1)
+                widths += [total // 2, total - total // 2]
+            else:
+                widths += [self.padding[i]] * 2
+        return widths
+
+    def _sizes(self, name: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
+        """``value`` as one int for each spatial dimension, none under ``least``."""
+        sizes = (value,) * self.ndim if isinstance(value, int) else tuple(value)
+        if len(sizes) != self.ndim or any(size < least for size in sizes):
+            raise ValueError(
+                f'{name} must be an int or {self.ndim} ints, each at least {least}, got {value}'
+            )
+        return sizes
+
+    def _check_arguments(self) -> None:
+        for name in ('in_channels', 'out_channels', 'groups'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}')
+        for name in ('in_channels', 'out_channels'):
+            if getattr(self, name) % self.groups:
+                raise ValueError(
+                    f'{name} must be divisible by groups, '
+                    f'got {name}={getattr(self, name)} and groups={self.groups}'
+                )
+        if isinstance(self.padding, str):
+            if self.padding not in ('same', 'valid'):
+                raise ValueError(f"padding must be 'same', 'valid' or int(s), got {self.padding!r}")
+            if self.padding == 'same' and any(s != 1 for s in self.stride):
+                raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
+        modes = ('zeros', 'reflect', 'replicate', 'circular')
+        if self.padding_mode not in modes:
+            raise ValueError(f'padding_mode must be one of {modes}, got {self.padding_mode!r}')
+
+
+@MODELS.register_module()
+class ODConv1d(_ODConvNd):
+    __doc__ = _ODConvNd.__doc__
+    ndim = 1
+
+
+@MODELS.register_module()
+@MODELS.register_module(name='ODConv')
+class ODConv2d(_ODConvNd):
+    __doc__ = _ODConvNd.__doc__
+    ndim = 2
+
+
+@MODELS.register_module()
+class ODConv3d(_ODConvNd):
+    __doc__ = _ODConvNd.__doc__
+    ndim = 3
