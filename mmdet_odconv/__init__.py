@@ -1,0 +1,33 @@
+"""Omni-Dimensional Dynamic Convolution for MMDetection and the other OpenMMLab libraries.
+
+Importing the package registers its layers, backbones and hooks, so a config needs only
+``custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)``.
+
+Paper: Li, Zhou, Yao: Omni-Dimensional Dynamic Convolution, ICLR 2022
+(https://openreview.net/forum?id=DmpCfq6Mg39)
+"""
+
+from .compat import check_openmmlab
+
+check_openmmlab()
+
+from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt  # noqa: E402
+from .checkpoint import register_safe_globals  # noqa: E402
+from .hooks import ODConvTemperatureHook  # noqa: E402
+from .layers import ODConv1d, ODConv2d, ODConv3d, set_temperature  # noqa: E402
+from .version import __version__  # noqa: E402
+
+register_safe_globals()
+
+__all__ = [
+    'ODConv1d',
+    'ODConv2d',
+    'ODConv3d',
+    'ODConvTemperatureHook',
+    'ODMobileNetV2',
+    'ODResNeXt',
+    'ODResNet',
+    'ODResNetV1d',
+    '__version__',
+    'set_temperature',
+]
