@@ -1,0 +1,141 @@
+"""What the command-line tools share: reading a config, and saying clearly what is missing.
+
+A user's mistake (a path, a name, a value) ends a tool with one sentence and exit status 1.
+"""
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that mmdet's train.py and test.py have in common."""
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
+    add_config_options(parser)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='overrides of the config, key=value each; a list is key="[a,b]" or key=a,b, and '
+        'nests, as in key="[(a,b),(c,d)]": quote it and leave no blanks',
+    )
+
+
+def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a config and apply the overrides of the command line.
+
+    Raises:
+        SystemExit: There is no such file (the message names near ones), or an override does not
+            fit the config.
+    """
+    require_file(path, 'config')
+    config = Config.fromfile(path)
+    if options:
+        try:
+            config.merge_from_dict(options)
+        except (KeyError, TypeError, IndexError) as error:
+            raise SystemExit(f'--cfg-options {options} does not fit {path}: {error}') from error
+    return config
+
+
+def runner_config(args: argparse.Namespace) -> Config:
+    """The config named by ``args``, with launcher and work folder set.
+
+    The work folder is the argument's, else the config's, else ./work_dirs/<config name>.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    config = load_config(args.config, args.cfg_options)
+    config.launcher = args.launcher
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = os.path.join('./work_dirs', Path(args.config).stem)
+    return config
+
+
+def build_runner(config: Config) -> Runner:
+    """The runner that the config asks for."""
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def require_file(path: str, what: str) -> None:
+    """End the program unless ``path`` is a file, or lies elsewhere than on this disk.
+
+    Args:
+        path (str): A path; one with a scheme (``https://``, ``torchvision://``, ``s3://``) is
+            left to mmengine.
+        what (str): What the file is, for the message.
+
+    Raises:
+        SystemExit: There is no such file; the message has the path looked for and near names.
+    """
+    if '://' in path or Path(path).is_file():
+        return
+    message = f'{what} not found: {path} (looked for {Path(path).absolute()})'
+    folder = Path(path).parent
+    if folder.is_dir():
+        names = sorted(entry.name for entry in folder.iterdir())
+        near = difflib.get_close_matches(Path(path).name, names, n=3)
+        if near:
+            message += f'; is it {" or ".join(str(folder / name) for name in near)}?'
+    raise SystemExit(message)
+
+
+def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:
+    """End the program unless the annotations and image folders of the data sets are there.
+
+    Args:
+        config (Config): A whole config.
+        dataloaders (Sequence[str]): The data loaders to look at. Default: all three.
+
+    Raises:
+        SystemExit: A file or folder is missing; the message has the path looked for.
+    """
+    for name in dataloaders:
+        for dataset in _datasets(config.get(name)):
+            root = dataset.get('data_root') or ''
+            ann_file = dataset.get('ann_file') or ''
+            wanted = [('annotation file', ann_file)] if ann_file else []
+            prefixes = dataset.get('data_prefix') or {}
+            wanted += [('image folder', prefix) for prefix in prefixes.values()]
+            for what, path in wanted:
+                full = path if os.path.isabs(path) else os.path.join(root, path)
+                if '://' not in full and not os.path.exists(full):
+                    raise SystemExit(
+                        f'{what} of {name} not found: {full} (looked for '
+                        f'{Path(full).absolute()}); set {name}.dataset.data_root with '
+                        '--cfg-options, or put the data there (README, "Data")'
+                    )
+
+
+def _datasets(node: Any) -> Iterator[Any]:
+    """The data-set configs with files of their own in a data-loader config, wrapped ones too."""
+    if isinstance(node, dict):
+        if 'ann_file' in node:
+            yield node
+        else:
+            for key in ('dataset', 'datasets'):
+                yield from _datasets(node.get(key))
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _datasets(item)

@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Draw the boxes that a detector finds in images into PNG files."""
+
+import argparse
+from pathlib import Path
+
+import mmcv
+from mmdet.apis import inference_detector, init_detector
+from mmdet.registry import VISUALIZERS
+
+from mmdet_odconv import cli
+
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('image', help='image file, or folder of images')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out-dir', default='outputs', help='folder for the PNGs')
+    parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='least score drawn')
+    parser.add_argument('--limit', type=int, help='only so many images of the folder')
+    cli.add_config_options(parser)
+    return parser.parse_args()
+
+
+def find_images(path: Path) -> list[Path]:
+    """The image ``path``, or those in the folder ``path``."""
+    if not path.is_dir():
+        cli.require_file(str(path), 'image')
+        return [path]
+    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise SystemExit(f'no image ({", ".join(IMAGE_SUFFIXES)}) in {path.absolute()}')
+    return images
+
+
+def main() -> None:
+    args = parse_args()
+    images = find_images(Path(args.image))[: args.limit]
+    config = cli.load_config(args.config, args.cfg_options)
+    cli.require_file(args.checkpoint, 'checkpoint')
+    model = init_detector(config, args.checkpoint, device=args.device)
+    visualizer = VISUALIZERS.build(config.visualizer)
+    visualizer.dataset_meta = model.dataset_meta
+
+    out_dir = Path(args.out_dir)
+    for path in images:
+        image = mmcv.imread(str(path), channel_order='rgb')
+        if image is None:
+            raise SystemExit(f'cannot be read as an image: {path}')
+        out = out_dir / f'{path.stem}.png'
+        visualizer.add_datasample(
+            path.stem,
+            image,
+            inference_detector(model, str(path)),
+            draw_gt=False,
+            pred_score_thr=args.score_thr,
+            out_file=str(out),
+        )
+        print(f'wrote {out}')
+
+
+if __name__ == '__main__':
+    main()

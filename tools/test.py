@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Test a detector; the command line is that of mmdet's tools/test.py, and --fuse-conv-bn."""
+
+import argparse
+from copy import deepcopy
+
+from mmcv.cnn import fuse_conv_bn
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, ConfigDict
+
+from mmdet_odconv import cli
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Test (and evaluate) a detector')
+    parser.add_argument('config', help='test config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='pickle file to write the predictions to')
+    parser.add_argument('--show', action='store_true', help='show the predictions')
+    parser.add_argument(
+        '--show-dir', help='folder for painted images, made in <work dir>/<timestamp>'
+    )
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds between shows')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument(
+        '--fuse-conv-bn',
+        action='store_true',
+        help='fold the BatchNorms after plain convolutions into them',
+    )
+    cli.add_runner_arguments(parser)
+    args = parser.parse_args()
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end in .pkl or .pickle, got {args.out}')
+    return args
+
+
+def use_tta(config: Config) -> None:
+    """Put the model into mmdet's test-time augmentation: the config's own, else a flip."""
+    config.setdefault(
+        'tta_model',
+        dict(
+            type='DetTTAModel',
+            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+        ),
+    )
+    dataset = config.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in config:
+        flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+        pack = deepcopy(dataset.pipeline[-1])
+        pack.meta_keys = (*pack.get('meta_keys', ()), 'flip', 'flip_direction')
+        augmentation = dict(type='TestTimeAug', transforms=[flips, [pack]])
+        config.tta_pipeline = [*deepcopy(dataset.pipeline[:-1]), augmentation]
+    config.model = ConfigDict(**config.tta_model, module=config.model)
+    dataset.pipeline = config.tta_pipeline
+
+
+def main() -> None:
+    args = parse_args()
+    setup_cache_size_limit_of_dynamo()
+    config = cli.runner_config(args)
+    cli.require_file(args.checkpoint, 'checkpoint')
+    cli.require_datasets(config, ('test_dataloader',))
+    config.load_from, config.resume = args.checkpoint, False
+
+    if args.show or args.show_dir:
+        config = trigger_visualization_hook(config, args)
+    if args.tta:
+        use_tta(config)
+
+    runner = cli.build_runner(config)
+    if args.fuse_conv_bn:
+        runner.load_or_resume()  # the statistics to fold are the checkpoint's
+        runner.model = fuse_conv_bn(runner.model)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()
