@@ -1,0 +1,32 @@
+"""BCCD: red and white blood cells and platelets in 640×480 photographs, read at half size.
+
+Root: data/bccd, or the environment variable BCCD_ROOT.
+"""
+
+_base_ = './coco128_detection.py'
+
+data_root = '{{$BCCD_ROOT:data/bccd}}'
+metainfo = dict(
+    classes=('RBC', 'WBC', 'Platelets'), palette=[(220, 20, 60), (0, 82, 200), (250, 170, 30)]
+)
+
+train_dataloader = dict(
+    dataset=dict(
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file='annotations/train.json',
+        data_prefix=dict(img='images/'),
+    )
+)
+val_dataloader = dict(
+    dataset=dict(
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file='annotations/val.json',
+        data_prefix=dict(img='images/'),
+    )
+)
+test_dataloader = val_dataloader
+
+val_evaluator = dict(ann_file=f'{data_root}/annotations/val.json')
+test_evaluator = val_evaluator

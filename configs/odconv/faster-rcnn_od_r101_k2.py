@@ -1,0 +1,5 @@
+"""Faster R-CNN, OD-ResNet-101, K=2, on COCO, 1x."""
+
+_base_ = './faster-rcnn_od_r50.py'
+
+model = dict(backbone=dict(depth=101, kernel_num=2))
