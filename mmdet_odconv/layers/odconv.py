@@ -57,6 +57,10 @@ class _ODConvNd(nn.Module):
     ndim: ClassVar[int]
     padding: tuple[int, ...] | str
 
+    # Attributes of every nn.ConvNd that mmcv's ConvModule reads.
+    transposed = False
+    output_padding = 0
+
     def __init__(
         self,
         in_channels: int,

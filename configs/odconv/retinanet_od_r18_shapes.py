@@ -1,0 +1,17 @@
+"""RetinaNet, OD-ResNet-18 of half width, K=4, from scratch on synthetic shapes: the demo."""
+
+_base_ = [
+    '../_base_/models/retinanet_small.py',
+    '../_base_/datasets/shapes_detection.py',
+    '../_base_/schedules/schedule_small.py',
+    '../_base_/runtime_small.py',
+]
+
+custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(_delete_=True, type='ODResNet', depth=18, base_channels=32, norm_eval=False),
+    neck=dict(in_channels=[32, 64, 128, 256]),
+    # Anchors from 16 pixels on: half of the shapes are smaller than 32.
+    bbox_head=dict(num_classes=5, anchor_generator=dict(octave_base_scale=2)),
+)

@@ -1,0 +1,39 @@
+"""Paths and data that several tests use."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmdet_odconv  # noqa: F401  registers everything
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / 'shared' / 'data'
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def coco128() -> Path:
+    return _optional('COCO128_ROOT', SHARED / 'coco128')
+
+
+@pytest.fixture
+def bccd() -> Path:
+    return _optional('BCCD_ROOT', SHARED / 'bccd')
+
+
+def _optional(variable: str, default: Path) -> Path:
+    path = Path(os.environ.get(variable, default))
+    if not path.is_dir():
+        pytest.skip(f'optional data set absent: {path} (set {variable})')
+    return path
+
+
+def load_cases(path: Path) -> list[dict]:
+    return json.loads(path.read_text())

@@ -1,0 +1,134 @@
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+from mmdet_odconv import ODConv2d, ODConvTemperatureHook
+
+IMAGES, BATCH = 6, 2
+
+
+class Images(Dataset):
+    def __len__(self):
+        return IMAGES
+
+    def __getitem__(self, index):
+        return {'inputs': torch.full((4, 6, 6), float(index))}
+
+
+class Model(BaseModel):
+    """Records the temperature of every training step."""
+
+    def __init__(self, conv=None):
+        super().__init__()
+        self.conv = conv or ODConv2d(4, 4, 3)
+        self.seen = []
+
+    def forward(self, inputs, mode='loss'):
+        self.seen.append(getattr(self.conv, 'temperature', None))
+        return {'loss': self.conv(inputs).square().mean()}
+
+
+def run(work_dir, hook, epochs=4, model=None, by_iter=0, **kwargs):
+    loop = dict(by_epoch=True, max_epochs=epochs)
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    if by_iter:
+        loop = dict(by_epoch=False, max_iters=by_iter)
+        sampler = dict(type='InfiniteSampler', shuffle=False)
+    runner = Runner(
+        model=model or Model(),
+        work_dir=str(work_dir),
+        train_dataloader=dict(
+            dataset=Images(),
+            batch_size=BATCH,
+            sampler=sampler,
+            collate_fn=dict(type='default_collate'),
+        ),
+        train_cfg=loop,
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        custom_hooks=[dict(type='ODConvTemperatureHook', **hook)],
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=not by_iter),
+            logger=dict(type='LoggerHook', interval=1),
+        ),
+        default_scope='mmengine',
+        experiment_name=f'{work_dir.parent.name}-{work_dir.name}',
+        **kwargs,
+    )
+    runner.train()
+    return runner
+
+
+def published(n, total, initial=30.0):
+    return 1 + max(0, (initial - 1) * (total - n) / total)
+
+
+def test_every_iteration_has_the_published_temperature(tmp_path):
+    runner = run(tmp_path / 'a', dict(anneal_epochs=2))
+    assert runner.model.seen == pytest.approx([published(n, 6) for n in range(1, 13)])
+    assert runner.model.seen[5:] == [1.0] * 7
+
+
+def test_it_is_logged(tmp_path):
+    runner = run(tmp_path / 'a', dict(anneal_epochs=2))
+    scalars = runner.message_hub.get_scalar('train/odconv_temperature').data[0]
+    assert list(scalars) == pytest.approx(runner.model.seen)
+    log = next((tmp_path / 'a').glob('*/vis_data/scalars.json')).read_text()
+    assert '"odconv_temperature": ' in log
+
+
+def test_a_resumed_run_goes_on_where_it_would_have_been(tmp_path):
+    run(tmp_path / 'a', dict(anneal_epochs=3), epochs=2)
+    checkpoint = tmp_path / 'a' / 'epoch_1.pth'
+    runner = run(tmp_path / 'b', dict(anneal_epochs=3), load_from=str(checkpoint), resume=True)
+    assert runner.model.seen == pytest.approx([published(n, 9) for n in range(4, 13)])
+
+
+@pytest.mark.parametrize('hook', [dict(anneal_epochs=2), dict(anneal_iters=6)])
+def test_runs_by_iteration(tmp_path, hook):
+    runner = run(tmp_path / 'a', hook, by_iter=8)
+    assert runner.model.seen == pytest.approx([published(n, 6) for n in range(1, 9)])
+
+
+def test_inverse_schedule(tmp_path):
+    runner = run(tmp_path / 'a', dict(anneal_epochs=2, schedule='inverse'), epochs=2)
+    inverses = [1 / t for t in runner.model.seen]
+    assert inverses == pytest.approx([1 / 30 + 29 / 30 * n / 6 for n in range(1, 7)])
+
+
+def test_a_checkpoint_saved_midway_is_tested_at_its_temperature(tmp_path):
+    runner = run(tmp_path / 'a', dict(anneal_epochs=3), epochs=2)
+    path = tmp_path / 'a' / 'epoch_1.pth'
+    other = Model()
+    Runner(
+        model=other,
+        work_dir=str(tmp_path / 'b'),
+        default_scope='mmengine',
+        experiment_name=f'{tmp_path.name}-load',
+    ).load_checkpoint(str(path))
+    assert other.conv.temperature == pytest.approx(published(3, 9))
+    assert not [k for k in torch.load(path)['state_dict'] if 'temperature' in k]
+    assert runner.model.conv.temperature == pytest.approx(published(6, 9))
+
+
+def test_a_model_without_odconv_is_warned_about(tmp_path, caplog):
+    runner = run(tmp_path / 'a', {}, epochs=1, model=Model(nn.Conv2d(4, 4, 3)))
+    log = next((tmp_path / 'a').glob('*/*.log')).read_text()
+    assert 'the model has no ODConv layer' in log
+    assert runner.iter == 3
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (dict(initial=0.5), 'initial.*got 0.5'),
+        (dict(anneal_epochs=-1), 'anneal_epochs.*got -1'),
+        (dict(anneal_iters=-2), 'anneal_iters.*got -2'),
+        (dict(schedule='cosine'), "'cosine'"),
+    ],
+)
+def test_bad_arguments(args, message):
+    with pytest.raises(ValueError, match=message):
+        ODConvTemperatureHook(**args)
