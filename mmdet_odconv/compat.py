@@ -1,6 +1,7 @@
 """Checks at import that the OpenMMLab packages are there and of a version we support."""
 
 from importlib import import_module
+from importlib.util import find_spec
 
 _SUPPORTED = {
     'mmengine': ('0.8.0', '1.0.0'),
@@ -13,8 +14,9 @@ def check_openmmlab() -> None:
     """Import mmengine, mmcv and mmdet.
 
     Raises:
-        ImportError: One is missing, does not import, or has a version outside the supported
-            range; the message names it, the version found and the versions supported.
+        ImportError: One is missing, does not import, lacks its compiled operators, or has a
+            version outside the supported range; the message names it, the version found and the
+            versions supported.
     """
     for name, (least, below) in _SUPPORTED.items():
         supported = f'mmdet_odconv supports {name}>={least},<{below}'
@@ -30,6 +32,11 @@ def check_openmmlab() -> None:
         found = module.__version__
         if not _numbers(least) <= _numbers(found) < _numbers(below):
             raise ImportError(f'{name} {found} is installed; {supported}')
+        if name == 'mmcv' and find_spec('mmcv._ext') is None:
+            raise ImportError(
+                f'mmcv {found} is installed without its compiled operators (mmcv-lite?), which '
+                f'mmdet needs; {supported}'
+            )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from mmdet_odconv.functional import annealed_temperature
@@ -14,7 +16,7 @@ def test_linear_schedule_is_the_published_one(case):
 
 def test_inverse_schedule_takes_equal_steps_of_the_inverse():
     inverses = [1 / annealed_temperature(n, 10, 30.0, 'inverse') for n in range(12)]
-    steps = [b - a for a, b in zip(inverses, inverses[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(inverses)]
     assert inverses[0] == pytest.approx(1 / 30)
     assert steps[:10] == pytest.approx([(1 - 1 / 30) / 10] * 10)
     assert inverses[10] == inverses[11] == 1

@@ -1,0 +1,133 @@
+"""The tools as a user runs them, on a handful of generated images."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import ROOT
+
+CONFIG = 'configs/odconv/retinanet_od_r18_shapes.py'
+SMALL = [
+    'model.backbone.base_channels=8',
+    'model.neck.in_channels=[8,16,32,64]',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'train_dataloader.batch_size=4',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+    'train_cfg.val_interval=1',
+    'default_hooks.checkpoint.interval=1',
+    'default_hooks.logger.interval=1',
+    'randomness.seed=0',
+]
+
+
+def run_tool(name, *args, shapes=None, ok=True):
+    env = {'SHAPES_ROOT': str(shapes)} if shapes else {}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / name), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
+    assert (result.returncode == 0) == ok, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def records(work_dir):
+    log = max(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Two epochs on 16 shapes images."""
+    root = tmp_path_factory.mktemp('tools')
+    shapes, work_dir = root / 'shapes', root / 'work'
+    run_tool('make_shapes_dataset.py', shapes, '--train', 16, '--val', 8, '--size', 96, 96)
+    args = ['--work-dir', work_dir, '--cfg-options', *SMALL, 'train_cfg.max_epochs=2']
+    run_tool('train.py', CONFIG, *args, shapes=shapes)
+    return SimpleNamespace(shapes=shapes, work_dir=work_dir, checkpoint=work_dir / 'epoch_2.pth')
+
+
+def test_training_lowers_the_loss_and_validates(trained):
+    losses = [r['loss'] for r in records(trained.work_dir) if 'loss' in r]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    assert trained.checkpoint.is_file()
+
+
+def test_testing_a_checkpoint_gives_the_metrics_of_the_runs_own_validation(trained, tmp_path):
+    validated = [r for r in records(trained.work_dir) if 'coco/bbox_mAP' in r]
+    out = tmp_path / 'predictions.pkl'
+    run_tool(
+        *('test.py', CONFIG, trained.checkpoint, '--work-dir', tmp_path, '--out', out),
+        *('--show-dir', 'painted', '--cfg-options', *SMALL),
+        shapes=trained.shapes,
+    )
+    tested = json.loads(next(tmp_path.glob('*/*.json')).read_text())
+    for key, value in tested.items():
+        if key.startswith('coco/') and validated:
+            assert value == validated[-1][key], key
+    assert len(pickle.loads(out.read_bytes())) == 8
+    assert len(list(tmp_path.glob('*/painted/*.jpg'))) == 8
+
+
+@pytest.mark.parametrize('option', ['--tta', '--fuse-conv-bn'])
+def test_testing_with_augmentation_or_fused_norms(trained, tmp_path, option):
+    run_tool(
+        *('test.py', CONFIG, trained.checkpoint, option, '--work-dir', tmp_path),
+        *('--cfg-options', *SMALL),
+        shapes=trained.shapes,
+    )
+
+
+def test_a_run_can_be_resumed(trained):
+    run_tool(
+        *('train.py', CONFIG, '--resume', '--work-dir', trained.work_dir),
+        *('--cfg-options', *SMALL, 'train_cfg.max_epochs=3'),
+        shapes=trained.shapes,
+    )
+    assert (trained.work_dir / 'epoch_3.pth').is_file()
+    steps = [r['iter'] for r in records(trained.work_dir) if 'loss' in r]
+    assert steps == [9, 10, 11, 12]
+
+
+def test_detections_are_drawn_into_png_files(trained, tmp_path):
+    run_tool(
+        *('image_demo.py', trained.shapes / 'val', CONFIG, trained.checkpoint, '--limit', 2),
+        *('--out-dir', tmp_path, '--score-thr', 0.0, '--cfg-options', *SMALL[:2]),
+        shapes=trained.shapes,
+    )
+    pictures = sorted(p.name for p in tmp_path.iterdir())
+    assert pictures == ['000000.png', '000001.png']
+
+
+def test_curves_are_drawn(trained, tmp_path):
+    run_tool('analysis_tools/plot_curves.py', trained.work_dir, '--out', tmp_path / 'c.png')
+    assert (tmp_path / 'c.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['train.py', 'configs/odconv/retinanet_od_r05.py'], 'config not found: configs/odconv/'),
+        (['train.py', 'configs/odconv/retinanet_od_r50.py'], 'not found: data/coco/annotations/'),
+        (['train.py', CONFIG, '--resume', 'x.pth'], 'checkpoint not found: x.pth'),
+        (['test.py', CONFIG, 'x.pth'], 'checkpoint not found: x.pth (looked for '),
+        (['image_demo.py', 'no.jpg', CONFIG, 'x.pth'], 'image not found: no.jpg'),
+        (['analysis_tools/plot_curves.py', 'nowhere'], 'no training log in '),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(trained, args, message):
+    result = run_tool(*args, shapes=trained.shapes, ok=False)
+    assert message in result.stderr.splitlines()[-1]
+    assert 'Traceback' not in result.stderr
