@@ -29,7 +29,7 @@ def test_paths_with_a_scheme_are_left_to_mmengine():
 def test_overrides_are_merged_and_bad_ones_refused():
     config = cli.load_config(CONFIG, {'model.backbone.kernel_num': 2})
     assert config.model.backbone.kernel_num == 2
-    with pytest.raises(SystemExit, match='--cfg-options .*does not fit'):
+    with pytest.raises(SystemExit, match=r'--cfg-options .*does not fit'):
         cli.load_config(CONFIG, {'train_dataloader.dataset.pipeline.77.scale': 3})
 
 
