@@ -47,19 +47,3 @@ class ODMobileNetV2(MobileNetV2):
                     temperature=temperature,
                     **(odconv_cfg or {}),
                 )
-
-    def init_weights(self) -> None:
-        """mmdet's initialisation, ODConv's own where no weights are loaded.
-
-        The blocks lie in plain ``nn.Sequential``s, through which mmengine does not reach the
-        layers' ``init_weights``, while its constant for all norms does reach theirs.
-        """
-        super().init_weights()
-        if not self._is_pretrained():
-            for module in self.modules():
-                if isinstance(module, ODConv2d):
-                    module.init_weights()
-
-    def _is_pretrained(self) -> bool:
-        init_cfg = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        return any(cfg['type'] in ('Pretrained', 'PretrainedInit') for cfg in init_cfg)

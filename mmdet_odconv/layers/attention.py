@@ -104,16 +104,11 @@ class ODConvAttention(nn.Module):
           are huge at T = 1, so train it as the paper does: annealed from T = 30
           (:class:`ODConvTemperatureHook`), or from the published weights.
         - 'zero': the heads' weights are zero, so that every attention starts as a constant,
-          σ(attention_bias / T) or 1/K, and the layer starts as a scaled plain convolution. The
-          norm's scale is √(2/A), so that h, of whose A entries half are zero, has length 1: a
-          step of a head's weights then moves its logits no further than one of its bias, where
-          at scale 1 it would move them A/2 times as far.
+          σ(attention_bias / T) or 1/K, and the layer starts as a scaled plain convolution.
         """
         self.fc.reset_parameters()
         if not isinstance(self.bn, nn.Identity):
             self.bn.reset_parameters()
-            if self.attention_init == 'zero' and self.bn.weight is not None:
-                nn.init.constant_(self.bn.weight, (2 / self.fc.weight.shape[0]) ** 0.5)
         for head in (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc):
             if head is None:
                 continue
