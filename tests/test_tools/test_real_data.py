@@ -8,6 +8,7 @@ import pytest
 from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+
 from tests.conftest import ROOT
 
 SHORT = [
