@@ -89,7 +89,7 @@ def require_file(path: str, what: str) -> None:
     Raises:
         SystemExit: There is no such file; the message has the path looked for and near names.
     """
-    if '://' in path or Path(path).is_file():
+    if '://' in path or Path(path).expanduser().is_file():
         return
     message = f'{what} not found: {path} (looked for {Path(path).absolute()})'
     folder = Path(path).parent
@@ -114,13 +114,11 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
     for name in dataloaders:
         for dataset in _datasets(config.get(name)):
             root = dataset.get('data_root') or ''
-            ann_file = dataset.get('ann_file') or ''
-            wanted = [('annotation file', ann_file)] if ann_file else []
-            prefixes = dataset.get('data_prefix') or {}
-            wanted += [('image folder', prefix) for prefix in prefixes.values()]
+            wanted = [('annotation file', dataset.ann_file)]
+            wanted += [('image folder', p) for p in (dataset.get('data_prefix') or {}).values()]
             for what, path in wanted:
-                full = path if os.path.isabs(path) else os.path.join(root, path)
-                if '://' not in full and not os.path.exists(full):
+                full = os.path.join(root, path or '')
+                if path and '://' not in full and not os.path.exists(full):
                     raise SystemExit(
                         f'{what} of {name} not found: {full} (looked for '
                         f'{Path(full).absolute()}); set {name}.dataset.data_root with '
@@ -132,7 +130,9 @@ def _datasets(node: Any) -> Iterator[Any]:
     """The data-set configs with files of their own in a data-loader config, wrapped ones too."""
     if isinstance(node, dict):
         if 'ann_file' in node:
-            yield node
+            # With a file backend of its own (an object store, say) the files are not on this disk.
+            if not node.get('backend_args'):
+                yield node
         else:
             for key in ('dataset', 'datasets'):
                 yield from _datasets(node.get(key))

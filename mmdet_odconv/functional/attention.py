@@ -31,7 +31,7 @@ class Attentions(NamedTuple):
 
 def global_average_pool(x: Tensor) -> Tensor:
     """The mean of each channel over all positions: (B, C, *) to (B, C)."""
-    return x.flatten(2).mean(2)
+    return x.mean(dim=tuple(range(2, x.dim())))
 
 
 def sigmoid_attention(logits: Tensor, temperature: float) -> Tensor:
