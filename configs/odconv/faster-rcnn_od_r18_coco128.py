@@ -1,4 +1,4 @@
-"""Faster R-CNN, OD-ResNet-18, K=4, from scratch on COCO128 at 320 pixels."""
+"""Faster R-CNN, OD-ResNet-18, K=4, from scratch on COCO128 at 256 pixels."""
 
 _base_ = [
     'mmdet::_base_/models/faster-rcnn_r50_fpn.py',

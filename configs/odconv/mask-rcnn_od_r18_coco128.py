@@ -1,4 +1,4 @@
-"""Mask R-CNN, OD-ResNet-18, K=4, from scratch on COCO128 at 320 pixels."""
+"""Mask R-CNN, OD-ResNet-18, K=4, from scratch on COCO128 at 256 pixels."""
 
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',

@@ -1,4 +1,7 @@
-"""RetinaNet, OD-ResNet-18, K=4, from scratch on COCO128 at 320 pixels."""
+"""RetinaNet, OD-ResNet-18, K=4, from scratch on COCO128 at 256 pixels.
+
+It is trained to overfit: the validation images are the training images.
+"""
 
 _base_ = [
     '../_base_/models/retinanet_small.py',
@@ -13,3 +16,7 @@ model = dict(
     backbone=dict(_delete_=True, type='ODResNet', depth=18, norm_eval=False),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
+
+train_cfg = dict(max_epochs=30, val_interval=5)
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].update(end=30, milestones=[24, 28])

@@ -39,7 +39,7 @@ def test_coco128_is_read_whole(coco128, monkeypatch):
     assert 120 < len(train) <= 128  # images without an object are left out of training
     assert len(train.metainfo['classes']) == 80
     sample = train[0]
-    assert max(sample['inputs'].shape[1:]) == 320
+    assert max(sample['inputs'].shape[1:]) == 256
     assert len(sample['data_samples'].gt_instances) > 0
 
 

@@ -7,7 +7,7 @@ _base_ = 'mmdet::_base_/datasets/coco_detection.py'
 
 data_root = '{{$COCO128_ROOT:data/coco128}}'
 ann_file = 'annotations/instances_train2017.json'
-scale = (320, 320)
+scale = (256, 256)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -10,20 +10,12 @@ metainfo = dict(
     classes=('circle', 'square', 'triangle', 'star', 'cross'),
     palette=[(220, 20, 60), (0, 130, 200), (60, 180, 75), (245, 130, 48), (145, 30, 180)],
 )
-scale = (256, 256)
-
-train_pipeline = _base_.train_pipeline
-train_pipeline[2].scale = scale
-test_pipeline = _base_.test_pipeline
-test_pipeline[1].scale = scale
-
 train_dataloader = dict(
     dataset=dict(
         data_root=data_root,
         metainfo=metainfo,
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
-        pipeline=train_pipeline,
     )
 )
 val_dataloader = dict(
@@ -32,7 +24,6 @@ val_dataloader = dict(
         metainfo=metainfo,
         ann_file='annotations/instances_val.json',
         data_prefix=dict(img='val/'),
-        pipeline=test_pipeline,
     )
 )
 test_dataloader = val_dataloader
