@@ -15,3 +15,5 @@ model = dict(
     # Anchors from 16 pixels on: half of the shapes are smaller than 32.
     bbox_head=dict(num_classes=5, anchor_generator=dict(octave_base_scale=2)),
 )
+
+train_dataloader = dict(batch_size=4)
