@@ -101,6 +101,27 @@ def require_file(path: str, what: str) -> None:
     raise SystemExit(message)
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add ``--force``, which :func:`require_new_file` obeys."""
+    parser.add_argument('--force', action='store_true', help='overwrite an existing output file')
+
+
+def require_new_file(path: str, force: bool) -> None:
+    """End the program if writing ``path`` would destroy a file or cannot succeed.
+
+    Args:
+        path (str): The file that is to be written.
+        force (bool): Whether an existing file may be overwritten.
+
+    Raises:
+        SystemExit: The file exists and ``force`` is off, or its folder does not exist.
+    """
+    if Path(path).exists() and not force:
+        raise SystemExit(f'{path} exists; --force overwrites it')
+    if not Path(path).absolute().parent.is_dir():
+        raise SystemExit(f'the folder of {path} does not exist')
+
+
 def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:
     """End the program unless the annotations and image folders of the data sets are there.
 
