@@ -4,13 +4,12 @@
 import argparse
 from copy import deepcopy
 
-from mmcv.cnn import fuse_conv_bn
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 
-from mmdet_odconv import cli
+from mmdet_odconv import cli, fuse_odconv_bn
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--fuse-conv-bn',
         action='store_true',
-        help='fold the BatchNorms after plain convolutions into them',
+        help='fold the BatchNorms into the convolutions before them, ODConv and plain',
     )
     cli.add_runner_arguments(parser)
     args = parser.parse_args()
@@ -58,6 +57,15 @@ def use_tta(config: Config) -> None:
     dataset.pipeline = config.tta_pipeline
 
 
+def drop_ema(config: Config) -> None:
+    """Drop the EMA hook: it would test a copy of the model in place of the changed one.
+
+    A checkpoint saved under it has the averaged weights as its state dict, so none are lost.
+    """
+    hooks = config.get('custom_hooks') or []
+    config.custom_hooks = [hook for hook in hooks if hook['type'] != 'EMAHook']
+
+
 def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
@@ -71,10 +79,13 @@ def main() -> None:
     if args.tta:
         use_tta(config)
 
+    if args.fuse_conv_bn:
+        drop_ema(config)
     runner = cli.build_runner(config)
     if args.fuse_conv_bn:
         runner.load_or_resume()  # the statistics to fold are the checkpoint's
-        runner.model = fuse_conv_bn(runner.model)
+        runner.model.eval()
+        fuse_odconv_bn(runner.model)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
