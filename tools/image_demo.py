@@ -10,8 +10,6 @@ from mmdet.registry import VISUALIZERS
 
 from mmdet_odconv import cli, fuse_odconv_bn
 
-IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -31,20 +29,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_images(path: Path) -> list[Path]:
-    """The image ``path``, or those in the folder ``path``."""
-    if not path.is_dir():
-        cli.require_file(str(path), 'image')
-        return [path]
-    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise SystemExit(f'no image ({", ".join(IMAGE_SUFFIXES)}) in {path.absolute()}')
-    return images
-
-
 def main() -> None:
     args = parse_args()
-    images = find_images(Path(args.image))[: args.limit]
+    images = cli.find_images(args.image)[: args.limit]
     config = cli.load_config(args.config, args.cfg_options)
     cli.require_file(args.checkpoint, 'checkpoint')
     model = init_detector(config, args.checkpoint, device=args.device)
