@@ -111,6 +111,27 @@ def test_fused_norms_leave_the_metrics(trained, tmp_path, ema):
             assert fused[key] == pytest.approx(value, abs=1e-3), key
 
 
+@pytest.mark.slow
+def test_an_onnx_file_has_the_metrics_of_the_detector(trained, tmp_path):
+    pytest.importorskip('onnxruntime')
+    out, options = tmp_path / 'detector.onnx', ('--cfg-options', *SMALL)
+    export = ('deployment/export_onnx.py', CONFIG, trained.checkpoint, '--out', out)
+    result = run_tool(*export, '--images', trained.shapes / 'val', *options, shapes=trained.shapes)
+    assert 'differs from PyTorch by' in result.stdout.splitlines()[-1]
+    for name, option in (('plain', []), ('onnx', ['--onnx', out])):
+        run_tool(
+            *('test.py', CONFIG, trained.checkpoint, *option, '--work-dir', tmp_path / name),
+            *options,
+            shapes=trained.shapes,
+        )
+    plain, onnx = metrics(tmp_path / 'plain'), metrics(tmp_path / 'onnx')
+    for key, value in plain.items():
+        if key.startswith('coco/'):
+            assert onnx[key] == pytest.approx(value, abs=1e-3), key
+    result = run_tool(*export, *options, shapes=trained.shapes, ok=False)
+    assert result.stderr.splitlines()[-1] == f'{out} exists; --force overwrites it'
+
+
 def test_a_run_can_be_resumed(trained):
     run_tool(
         *('train.py', CONFIG, '--resume', '--work-dir', trained.work_dir),

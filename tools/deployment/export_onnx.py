@@ -80,7 +80,7 @@ def main() -> None:
                 f'than {TOLERANCE:.0e}, so {args.out} is not written'
             )
         os.replace(unproved, args.out)
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:  # PyTorch's own, say of a shape that is too small
         raise SystemExit(str(error)) from error
     finally:
         Path(unproved).unlink(missing_ok=True)
