@@ -53,7 +53,11 @@ setup(
     package_data={PACKAGE: ['py.typed']},
     python_requires='>=3.10',
     install_requires=requirements('runtime'),
-    extras_require={'mim': requirements('mminstall'), 'tests': requirements('tests')},
+    extras_require={
+        'deploy': requirements('deploy'),
+        'mim': requirements('mminstall'),
+        'tests': requirements('tests'),
+    },
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,
 )

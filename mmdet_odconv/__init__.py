@@ -12,7 +12,12 @@ from .compat import check_openmmlab
 check_openmmlab()
 
 from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt  # noqa: E402
-from .checkpoint import register_safe_globals  # noqa: E402
+from .checkpoint import (  # noqa: E402
+    export_official_checkpoint,
+    load_official_checkpoint,
+    register_safe_globals,
+)
+from .deployment import fuse_odconv_bn  # noqa: E402
 from .hooks import ODConvTemperatureHook  # noqa: E402
 from .layers import ODConv1d, ODConv2d, ODConv3d, set_temperature  # noqa: E402
 from .version import __version__  # noqa: E402
@@ -29,5 +34,8 @@ __all__ = [
     'ODResNet',
     'ODResNetV1d',
     '__version__',
+    'export_official_checkpoint',
+    'fuse_odconv_bn',
+    'load_official_checkpoint',
     'set_temperature',
 ]

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
@@ -99,6 +101,51 @@ def require_file(path: str, what: str) -> None:
         if near:
             message += f'; is it {" or ".join(str(folder / name) for name in near)}?'
     raise SystemExit(message)
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add ``--force``, which :func:`require_new_file` obeys."""
+    parser.add_argument('--force', action='store_true', help='overwrite an existing output file')
+
+
+def require_new_file(path: str, force: bool) -> None:
+    """End the program if writing ``path`` would destroy a file or cannot succeed.
+
+    Args:
+        path (str): The file that is to be written.
+        force (bool): Whether an existing file may be overwritten.
+
+    Raises:
+        SystemExit: The file exists and ``force`` is off, or its folder does not exist.
+    """
+    if Path(path).exists() and not force:
+        raise SystemExit(f'{path} exists; --force overwrites it')
+    if not Path(path).absolute().parent.is_dir():
+        raise SystemExit(f'the folder of {path} does not exist')
+
+
+def require_packages(*names: str) -> None:
+    """End the program unless these optional packages are installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f'not installed: {", ".join(missing)}; pip install -r requirements/deploy.txt'
+        )
+
+
+def find_images(path: str) -> list[Path]:
+    """The image ``path``, or those in the folder ``path``, in the order of their names.
+
+    Raises:
+        SystemExit: There is no such file, or no image in the folder.
+    """
+    if not Path(path).is_dir():
+        require_file(path, 'image')
+        return [Path(path)]
+    images = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise SystemExit(f'no image ({", ".join(IMAGE_SUFFIXES)}) in {Path(path).absolute()}')
+    return images
 
 
 def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:

@@ -8,9 +8,7 @@ import mmcv
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import VISUALIZERS
 
-from mmdet_odconv import cli
-
-IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+from mmdet_odconv import cli, fuse_odconv_bn
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,27 +20,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
     parser.add_argument('--score-thr', type=float, default=0.3, help='least score drawn')
     parser.add_argument('--limit', type=int, help='only so many images of the folder')
+    parser.add_argument(
+        '--fuse-conv-bn',
+        action='store_true',
+        help='fold the BatchNorms into the convolutions before them, ODConv and plain',
+    )
     cli.add_config_options(parser)
     return parser.parse_args()
 
 
-def find_images(path: Path) -> list[Path]:
-    """The image ``path``, or those in the folder ``path``."""
-    if not path.is_dir():
-        cli.require_file(str(path), 'image')
-        return [path]
-    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise SystemExit(f'no image ({", ".join(IMAGE_SUFFIXES)}) in {path.absolute()}')
-    return images
-
-
 def main() -> None:
     args = parse_args()
-    images = find_images(Path(args.image))[: args.limit]
+    images = cli.find_images(args.image)[: args.limit]
     config = cli.load_config(args.config, args.cfg_options)
     cli.require_file(args.checkpoint, 'checkpoint')
     model = init_detector(config, args.checkpoint, device=args.device)
+    if args.fuse_conv_bn:
+        fuse_odconv_bn(model)
     visualizer = VISUALIZERS.build(config.visualizer)
     visualizer.dataset_meta = model.dataset_meta
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""Test a detector; the command line is that of mmdet's tools/test.py, and --fuse-conv-bn."""
+"""Test a detector; the command line is that of mmdet's tools/test.py, --fuse-conv-bn and --onnx."""
 
 import argparse
 from copy import deepcopy
 
-from mmcv.cnn import fuse_conv_bn
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
+from torch import nn
 
-from mmdet_odconv import cli
+from mmdet_odconv import cli, fuse_odconv_bn
+from mmdet_odconv.deployment import use_onnx_network
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,10 +25,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--wait-time', type=float, default=2, help='seconds between shows')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    parser.add_argument(
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument(
         '--fuse-conv-bn',
         action='store_true',
-        help='fold the BatchNorms after plain convolutions into them',
+        help='fold the BatchNorms into the convolutions before them, ODConv and plain',
+    )
+    network.add_argument(
+        '--onnx',
+        help='file of tools/deployment/export_onnx.py to use in place of backbone, neck and head',
     )
     cli.add_runner_arguments(parser)
     args = parser.parse_args()
@@ -58,6 +64,22 @@ def use_tta(config: Config) -> None:
     dataset.pipeline = config.tta_pipeline
 
 
+def drop_ema(config: Config) -> None:
+    """Drop the EMA hook: it would test a copy of the model in place of the changed one.
+
+    A checkpoint saved under it has the averaged weights as its state dict, so none are lost.
+    """
+    hooks = config.get('custom_hooks') or []
+    config.custom_hooks = [hook for hook in hooks if hook['type'] != 'EMAHook']
+
+
+def detector_of(model: nn.Module) -> nn.Module:
+    """The detector in the wrappers of distributed runs and of test-time augmentation."""
+    while isinstance(getattr(model, 'module', None), nn.Module):
+        model = model.module
+    return model
+
+
 def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
@@ -71,10 +93,21 @@ def main() -> None:
     if args.tta:
         use_tta(config)
 
+    if args.onnx is not None:
+        cli.require_packages('onnxruntime')
+        cli.require_file(args.onnx, 'ONNX file')
+    if args.fuse_conv_bn or args.onnx:
+        drop_ema(config)
     runner = cli.build_runner(config)
     if args.fuse_conv_bn:
         runner.load_or_resume()  # the statistics to fold are the checkpoint's
-        runner.model = fuse_conv_bn(runner.model)
+        runner.model.eval()
+        fuse_odconv_bn(runner.model)
+    if args.onnx is not None:
+        try:
+            use_onnx_network(detector_of(runner.model), args.onnx)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()

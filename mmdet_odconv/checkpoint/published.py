@@ -1,4 +1,4 @@
-"""The names of the published ImageNet checkpoints, in the terms of mmdet's backbones.
+"""The names of the published ImageNet checkpoints against those of mmdet's backbones.
 
 Source: the state dicts of the published OD-ResNet (torchvision's ResNet names) and OD-MobileNetV2
 (torchvision's ``features.N``).
@@ -39,10 +39,11 @@ def backbone_name(published: str) -> str | None:
     if name.startswith(('fc.', 'classifier.')):
         return None
     match = re.fullmatch(r'features\.(\d+)\.(.+)', name)
-    if match is None:
+    last = 1 + sum(_MOBILENET_BLOCKS)
+    if match is None or int(match[1]) > last:
         return name
     index, rest = int(match[1]), match[2]
-    if index in (0, 1 + sum(_MOBILENET_BLOCKS)):
+    if index in (0, last):
         parts = {'0': 'conv', '1': 'bn'}
         return f'conv{1 if index == 0 else 2}.{_renamed(rest, parts)}'
     parts = _FIRST_RESIDUAL if index == 1 else _INVERTED_RESIDUAL
@@ -51,6 +52,28 @@ def backbone_name(published: str) -> str | None:
         block -= _MOBILENET_BLOCKS[layer]
         layer += 1
     return f'layer{layer + 1}.{block}.{_renamed(rest.removeprefix("conv."), parts)}'
+
+
+def published_name(name: str) -> str:
+    """The inverse of :func:`backbone_name`, without the prefix ``module.``.
+
+    Args:
+        name (str): An entry of ``ODResNet`` or ``ODMobileNetV2``.
+
+    Returns:
+        str: ResNet's names are unchanged.
+    """
+    match = re.fullmatch(r'conv([12])\.(conv|bn)\.(.+)', name)
+    if match is not None:
+        index = 0 if match[1] == '1' else 1 + sum(_MOBILENET_BLOCKS)
+        return f'features.{index}.{"0" if match[2] == "conv" else "1"}.{match[3]}'
+    match = re.fullmatch(r'layer(\d)\.(\d+)\.((?:expand|depthwise|linear)_conv\..+)', name)
+    if match is None:
+        return name
+    layer, block, rest = int(match[1]), int(match[2]), match[3]
+    index = 1 + sum(_MOBILENET_BLOCKS[: layer - 1]) + block
+    parts = _FIRST_RESIDUAL if index == 1 else _INVERTED_RESIDUAL
+    return f'features.{index}.conv.{_renamed(rest, {new: old for old, new in parts.items()})}'
 
 
 def _renamed(name: str, parts: dict[str, str]) -> str:

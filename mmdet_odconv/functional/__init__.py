@@ -2,11 +2,13 @@
 
 from .attention import Attentions, global_average_pool, sigmoid_attention, softmax_attention
 from .odconv import mix_kernel_bank, odconv
+from .static_weight import bank_from_static_weight
 from .temperature import annealed_temperature
 
 __all__ = [
     'Attentions',
     'annealed_temperature',
+    'bank_from_static_weight',
     'global_average_pool',
     'mix_kernel_bank',
     'odconv',

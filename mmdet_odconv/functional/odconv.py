@@ -47,7 +47,7 @@ def odconv(
     kernels = mix_kernel_bank(bank, attentions.spatial, attentions.kernel)
 
     if kernels.shape[0] == 1:
-        y = conv(x, kernels[0], None, stride, padding, dilation, groups)
+        y = conv(x, kernels.flatten(0, 1), None, stride, padding, dilation, groups)
     elif batch == 0:
         # No grouped convolution has zero groups. The sum over no samples is a zero kernel of the
         # right shape that keeps every parameter in the graph, as DDP needs.

@@ -109,14 +109,34 @@ class ODConvAttention(nn.Module):
         self.fc.reset_parameters()
         if not isinstance(self.bn, nn.Identity):
             self.bn.reset_parameters()
-        for head in (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc):
-            if head is None:
-                continue
-            head.reset_parameters()
-            if self.attention_init == 'zero':
-                nn.init.zeros_(head.weight)
-                # The softmax takes no notice of a bias that its K logits share.
-                nn.init.constant_(head.bias, 0 if head is self.kernel_fc else self.attention_bias)
+        for head in (*self._sigmoid_heads(), self.kernel_fc):
+            if head is not None:
+                head.reset_parameters()
+        if self.attention_init == 'zero':
+            self.reset_to_constant()
+
+    def reset_to_constant(self) -> float:
+        """Make every attention a constant, whatever the input, as at the 'zero' init.
+
+        ``fc`` is left as it is: nothing is drawn at random, so that the processes of a
+        distributed run stay equal.
+
+        Returns:
+            float: The product of the channel, filter and spatial attention, each
+            σ(attention_bias / T) where present; the kernel attention is 1/K.
+        """
+        if not isinstance(self.bn, nn.Identity):
+            self.bn.reset_parameters()
+        heads = self._sigmoid_heads()
+        for head in heads:
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, self.attention_bias)
+        if self.kernel_fc is not None:
+            nn.init.zeros_(self.kernel_fc.weight)
+            # The softmax takes no notice of a bias that its K logits share.
+            nn.init.zeros_(self.kernel_fc.bias)
+        bias = torch.tensor(self.attention_bias, dtype=torch.float64, device='cpu')
+        return sigmoid_attention(bias, self.temperature).item() ** len(heads)
 
     @property
     def temperature(self) -> float:
@@ -139,6 +159,10 @@ class ODConvAttention(nn.Module):
             spatial=None if self.spatial_fc is None else sigmoid_attention(self.spatial_fc(h), t),
             kernel=None if self.kernel_fc is None else softmax_attention(self.kernel_fc(h), t),
         )
+
+    def _sigmoid_heads(self) -> list['PointwiseConv']:
+        heads = (self.channel_fc, self.filter_fc, self.spatial_fc)
+        return [head for head in heads if head is not None]
 
     def _normalise(self, h: Tensor) -> Tensor:
         """``self.bn`` on h, shape (B, A), also where a BatchNorm has too few values."""

@@ -3,6 +3,7 @@
 Paper: Omni-Dimensional Dynamic Convolution (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..functional import odconv
+from ..functional import bank_from_static_weight, odconv
 from .attention import ODConvAttention
 
 
@@ -26,6 +27,11 @@ class _ODConvNd(nn.Module):
     constants, where the published initialisation has gradients thousands of times those of a
     plain convolution. The paper's form is ``attention_init='published'`` with the temperature
     annealed from 30 (:class:`ODConvTemperatureHook`).
+
+    The state dict of a plain convolution can be loaded, by every loader that goes through
+    PyTorch's modules. Attentions and bank then start as they must for the layer to compute what
+    that convolution computes (:func:`~mmdet_odconv.functional.bank_from_static_weight`), at the
+    temperature of that moment.
 
     In training, a BatchNorm of the attention sees one value per sample. With a single sample it
     has no variance to take: such a step normalises with the running statistics and leaves them.
@@ -204,6 +210,35 @@ class _ODConvNd(nn.Module):
             f'temperature={self.temperature}',
         ]
         return ', '.join(parts)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._is_static(state_dict, prefix):
+            # `state_dict` is the loader's own copy, and it goes on to the children: what is put
+            # in here is neither missing nor left over there.
+            attention = self.attention.reset_to_constant()
+            for name, value in self.attention.state_dict().items():
+                state_dict[f'{prefix}attention.{name}'] = value
+            key = f'{prefix}weight'
+            state_dict[key] = self._bank_like(state_dict[key], attention, key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _is_static(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether the entries under ``prefix`` are those of the plain convolution."""
+        weight = state_dict.get(f'{prefix}weight')
+        if not isinstance(weight, Tensor) or weight.shape != self.weight.shape[1:]:
+            return False
+        return not any(name.startswith(f'{prefix}attention.') for name in state_dict)
+
+    def _bank_like(self, weight: Tensor, attention: float, name: str) -> Tensor:
+        """The bank that computes what the static ``weight`` does, in this layer's type.
+
+        Each process of a distributed run loads for itself and must draw what the others do,
+        whatever the states of their generators: the name is the seed.
+        """
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        wide = weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+        bank = bank_from_static_weight(wide, self.kernel_num, attention, generator=generator)
+        return bank.to(self.weight.dtype)
 
     def _reset_bank(self) -> None:
         for kernel in self.weight:

@@ -81,13 +81,55 @@ def test_testing_a_checkpoint_gives_the_metrics_of_the_runs_own_validation(train
     assert len(list(tmp_path.glob('*/painted/*.jpg'))) == 8
 
 
-@pytest.mark.parametrize('option', ['--tta', '--fuse-conv-bn'])
-def test_testing_with_augmentation_or_fused_norms(trained, tmp_path, option):
+def metrics(work_dir):
+    """The metrics that tools/test.py left in its work folder."""
+    return json.loads(next(work_dir.glob('*/*.json')).read_text())
+
+
+def test_testing_with_augmentation(trained, tmp_path):
     run_tool(
-        *('test.py', CONFIG, trained.checkpoint, option, '--work-dir', tmp_path),
+        *('test.py', CONFIG, trained.checkpoint, '--tta', '--work-dir', tmp_path),
         *('--cfg-options', *SMALL),
         shapes=trained.shapes,
     )
+
+
+@pytest.mark.parametrize('ema', [True, False])
+def test_fused_norms_leave_the_metrics(trained, tmp_path, ema):
+    config = tmp_path / 'config.py'
+    hooks = "custom_hooks = [dict(type='EMAHook')]" if ema else ''
+    config.write_text(f'_base_ = {str(ROOT / CONFIG)!r}\n{hooks}\n')
+    for name, option in (('plain', []), ('fused', ['--fuse-conv-bn'])):
+        run_tool(
+            *('test.py', config, trained.checkpoint, *option, '--work-dir', tmp_path / name),
+            *('--cfg-options', *SMALL),
+            shapes=trained.shapes,
+        )
+    plain, fused = metrics(tmp_path / 'plain'), metrics(tmp_path / 'fused')
+    for key, value in plain.items():
+        if key.startswith('coco/'):
+            assert fused[key] == pytest.approx(value, abs=1e-3), key
+
+
+@pytest.mark.slow
+def test_an_onnx_file_has_the_metrics_of_the_detector(trained, tmp_path):
+    pytest.importorskip('onnxruntime')
+    out, options = tmp_path / 'detector.onnx', ('--cfg-options', *SMALL)
+    export = ('deployment/export_onnx.py', CONFIG, trained.checkpoint, '--out', out)
+    result = run_tool(*export, '--images', trained.shapes / 'val', *options, shapes=trained.shapes)
+    assert 'differs from PyTorch by' in result.stdout.splitlines()[-1]
+    for name, option in (('plain', []), ('onnx', ['--onnx', out])):
+        run_tool(
+            *('test.py', CONFIG, trained.checkpoint, *option, '--work-dir', tmp_path / name),
+            *options,
+            shapes=trained.shapes,
+        )
+    plain, onnx = metrics(tmp_path / 'plain'), metrics(tmp_path / 'onnx')
+    for key, value in plain.items():
+        if key.startswith('coco/'):
+            assert onnx[key] == pytest.approx(value, abs=1e-3), key
+    result = run_tool(*export, *options, shapes=trained.shapes, ok=False)
+    assert result.stderr.splitlines()[-1] == f'{out} exists; --force overwrites it'
 
 
 def test_a_run_can_be_resumed(trained):
@@ -104,7 +146,7 @@ def test_a_run_can_be_resumed(trained):
 def test_detections_are_drawn_into_png_files(trained, tmp_path):
     run_tool(
         *('image_demo.py', trained.shapes / 'val', CONFIG, trained.checkpoint, '--limit', 2),
-        *('--out-dir', tmp_path, '--score-thr', 0.0, '--cfg-options', *SMALL[:2]),
+        *('--out-dir', tmp_path, '--score-thr', 0.0, '--fuse-conv-bn', '--cfg-options', *SMALL[:2]),
         shapes=trained.shapes,
     )
     pictures = sorted(p.name for p in tmp_path.iterdir())

@@ -1,0 +1,167 @@
+"""The published checkpoints, into our models and back.
+
+Published are ImageNet classifiers (OD-ResNet, OD-MobileNetV2) and detectors of MMDetection 2
+(Faster and Mask R-CNN). MMDetection 3 has left the names of those detectors' necks and heads as
+they were, so only the backbone's are translated.
+"""
+
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import set_temperature
+from .architecture import describe, differences
+from .published import backbone_name, published_name
+
+_BACKBONE = 'backbone.'
+_SHOWN = 3
+
+
+def load_official_checkpoint(
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]
+) -> None:
+    """Load a published checkpoint, all of it or nothing.
+
+    The temperature is set to 1, where the published training ends. Counters
+    (``num_batches_tracked``) that the file lacks stay as they are.
+
+    Args:
+        model (nn.Module): An ``ODResNet`` or ``ODMobileNetV2``, or a detector with one as its
+            ``backbone``. Of a classifier's file the detector's backbone is loaded; the file of a
+            detector fills the whole detector.
+        source: A path, read in PyTorch's safe mode; what such a file holds; or a state dict.
+
+    Raises:
+        RuntimeError: The file does not fit: K, width or depth differ (the message has both
+            values), or an entry, other than the classifier's, is missing, left over or of
+            another shape (it has the first few names of each kind). The model is unchanged.
+        ValueError: The source holds no state dict, or more than PyTorch's safe mode reads.
+    """
+    content = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
+    entries, whole = _translated(state_dict_of(content))
+    target = model if whole else getattr(model, 'backbone', model)
+    _require_fit(entries, target.state_dict())
+    target.load_state_dict(entries, strict=False)
+    set_temperature(target, 1.0)
+
+
+def export_official_checkpoint(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The weights of ``model`` under the published names.
+
+    Args:
+        model (nn.Module): An ``ODResNet`` or ``ODMobileNetV2``, or a detector with one as its
+            ``backbone``.
+
+    Returns:
+        dict: ``{'state_dict': ...}`` as the published files have it: a backbone's names begin
+        with ``module.``, and there is no classifier. The tensors are those of the model.
+
+    Raises:
+        ValueError: The backbone is neither of the two.
+    """
+    return {'state_dict': rename_to_published(model.state_dict())}
+
+
+def rename_to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a backbone or detector of ours under the published names.
+
+    Raises:
+        ValueError: The backbone is neither a ResNet nor a MobileNetV2.
+    """
+    whole = any(name.startswith(_BACKBONE) for name in state_dict)
+    if not describe(_backbone_of(state_dict) if whole else state_dict):
+        raise ValueError('only an ODResNet or ODMobileNetV2 has published names')
+    if not whole:
+        return {f'module.{published_name(name)}': t for name, t in state_dict.items()}
+    return {
+        f'{_BACKBONE}{published_name(name.removeprefix(_BACKBONE))}'
+        if name.startswith(_BACKBONE)
+        else name: tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def read_weights(path: str | os.PathLike[str]) -> Any:
+    """What ``torch.load``'s safe mode finds in a file.
+
+    Raises:
+        ValueError: The file holds more than that mode reads, or is no file of PyTorch's.
+    """
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0] or type(error).__name__
+        raise ValueError(f'{path} cannot be read as a file of weights: {reason}') from error
+
+
+def state_dict_of(content: Any) -> dict[str, Tensor]:
+    """The state dict in what a checkpoint file holds.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if isinstance(content, Mapping) and 'state_dict' in content:
+        content = content['state_dict']
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, Tensor) for value in content.values())
+    ):
+        raise ValueError('there is no state dict in the checkpoint')
+    return {str(name): value for name, value in content.items()}
+
+
+def _translated(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The entries under our names without the classifier's, and whether they are a detector's."""
+    plain = {name.removeprefix('module.'): tensor for name, tensor in state_dict.items()}
+    whole = any(name.startswith(_BACKBONE) for name in plain)
+    prefix = _BACKBONE if whole else ''
+    entries = {}
+    for name, tensor in plain.items():
+        if name.startswith(prefix):
+            ours = backbone_name(name.removeprefix(prefix))
+            if ours is not None:
+                entries[f'{prefix}{ours}'] = tensor
+        else:
+            entries[name] = tensor
+    return entries, whole
+
+
+def _require_fit(entries: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError unless names and shapes agree."""
+    complaints = differences(_backbone_of(entries), _backbone_of(expected))
+    if not complaints:
+        missing = [name for name in expected if name not in entries]
+        groups = {
+            'missing': [name for name in missing if not name.endswith('num_batches_tracked')],
+            'left over': [name for name in entries if name not in expected],
+            'of another shape': [
+                f'{name} ({tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} in '
+                'the model)'
+                for name, tensor in entries.items()
+                if name in expected and tensor.shape != expected[name].shape
+            ],
+        }
+        complaints = [f'{what}: {_first(names)}' for what, names in groups.items() if names]
+    if complaints:
+        raise RuntimeError(f'the published file does not fit the model: {"; ".join(complaints)}')
+
+
+def _backbone_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's entries: all, or of a detector those under ``backbone.``."""
+    inner = {
+        name.removeprefix(_BACKBONE): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(_BACKBONE)
+    }
+    return inner or dict(state_dict)
+
+
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+    return f'{", ".join(names[:_SHOWN])}{more}'

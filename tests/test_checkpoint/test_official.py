@@ -1,0 +1,259 @@
+"""The published files: ImageNet classifiers and mmdet-2 detectors, in and out."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from mmdet_odconv import (
+    ODMobileNetV2,
+    ODResNet,
+    ODResNetV1d,
+    export_official_checkpoint,
+    load_official_checkpoint,
+)
+from mmdet_odconv.checkpoint.published import backbone_name, published_name
+from tests.conftest import ROOT
+from tests.reference import fill, randomise, relative_error
+from tests.test_backbones.test_backbones import DATA, build
+from tests.test_tools.test_train_and_test import run_tool
+
+CASES = {c['name']: c for c in json.loads((DATA / 'cases.json').read_text())}
+# The names that MMDetection 2 saved outside of the backbone of a Mask R-CNN with FPN.
+HEADS = {
+    *(f'neck.{kind}_convs.{i}.conv' for kind in ('lateral', 'fpn') for i in range(4)),
+    *(f'rpn_head.rpn_{part}' for part in ('conv', 'cls', 'reg')),
+    *(f'roi_head.bbox_head.{part}' for part in ('fc_cls', 'fc_reg')),
+    *(f'roi_head.bbox_head.shared_fcs.{i}' for i in range(2)),
+}
+MASK = {
+    *(f'roi_head.mask_head.convs.{i}.conv' for i in range(4)),
+    'roi_head.mask_head.upsample',
+    'roi_head.mask_head.conv_logits',
+}
+
+
+def published(name, prefix='module.'):
+    """The published state dict of a reference case, the classifier included."""
+    return {
+        f'{prefix}{entry}': torch.from_numpy(np.asarray(fill(entry, tuple(shape)))).float()
+        for entry, shape in CASES[name]['state'].items()
+    }
+
+
+def classifier_file(name):
+    return {'epoch': 100, 'arch': name, 'best_acc1': 75.0, 'state_dict': published(name)}
+
+
+def detector(kind='faster', backbone='r18', **options):
+    register_all_modules()
+    config = Config.fromfile(ROOT / f'configs/odconv/{kind}-rcnn_od_{backbone}.py')
+    config.model.backbone.update(init_cfg=None, **options)
+    return MODELS.build(config.model)
+
+
+def detector_file(model, backbone):
+    """What the fork of MMDetection 2 saved: its backbone keeps the classifier."""
+    heads = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith('backbone.')}
+    state_dict = {**published(backbone, 'backbone.'), **heads}
+    return {'meta': {'CLASSES': ('a', 'b'), 'epoch': 12}, 'state_dict': state_dict}
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('counters', [True, False])
+def test_a_classifiers_file_fills_a_backbone(tmp_path, name, counters):
+    content = classifier_file(name)
+    if not counters:
+        for entry in [n for n in content['state_dict'] if n.endswith('num_batches_tracked')]:
+            del content['state_dict'][entry]
+    path = tmp_path / 'published.pth.tar'
+    torch.save(content, path)
+    model = build(CASES[name]['args'] | dict(temperature=30.0))
+    load_official_checkpoint(model, path)
+    model.eval()
+    x = np.random.default_rng(7).standard_normal(CASES[name]['input_shape']).astype(np.float32)
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(x))
+    expected = np.load(DATA / f'{name}.npz')
+    for i, output in enumerate(outputs):
+        assert relative_error(output, expected[f'out{i}']) < 1e-4
+
+
+def test_a_classifiers_file_fills_the_backbone_of_a_detector():
+    model = detector()
+    neck = model.neck.state_dict()
+    load_official_checkpoint(model, classifier_file('od_resnet18_K4'))
+    key = 'layer4.1.conv2.attention.kernel_fc.bias'
+    expected = published('od_resnet18_K4')[f'module.{key}']
+    assert torch.equal(model.backbone.state_dict()[key], expected)
+    assert all(torch.equal(t, neck[n]) for n, t in model.neck.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ('kind', 'backbone', 'case', 'options'),
+    [
+        ('faster', 'r18', 'od_resnet18_K4', {}),
+        ('mask', 'mobilenetv2', 'od_mobilenetv2_100_K4', {}),
+    ],
+)
+def test_a_detectors_file_fills_a_detector(kind, backbone, case, options):
+    model = detector(kind, backbone, **options)
+    randomise(model)
+    content = detector_file(model, case)
+    modules = HEADS | (MASK if kind == 'mask' else set())
+    saved = {n for n in content['state_dict'] if not n.startswith('backbone.')}
+    assert saved == {f'{m}.{p}' for m in modules for p in ('weight', 'bias')}
+
+    other = detector(kind, backbone, **options)
+    load_official_checkpoint(other, content)
+    for name, tensor in other.state_dict().items():
+        inner = name.removeprefix('backbone.')
+        source = f'backbone.{published_name(inner)}' if inner != name else name
+        assert torch.equal(tensor, content['state_dict'][source].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        lambda: ODResNet(depth=18, base_channels=8, kernel_num=2),
+        lambda: ODMobileNetV2(widen_factor=0.5, kernel_num=2),
+        lambda: detector(base_channels=64),
+        lambda: detector(backbone='mobilenetv2'),
+    ],
+)
+def test_there_and_back(tmp_path, model):
+    donor, receiver = model(), model()
+    randomise(donor)
+    path = tmp_path / 'exported.pth'
+    torch.save(export_official_checkpoint(donor), path)
+    load_official_checkpoint(receiver, path)
+    for name, tensor in donor.state_dict().items():
+        assert torch.equal(receiver.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_exported_names_are_the_published_ones(name):
+    exported = export_official_checkpoint(build(CASES[name]['args']))['state_dict']
+    expected = {n for n in published(name) if backbone_name(n) is not None}
+    assert set(exported) == expected
+
+
+def test_other_backbones_have_no_published_names():
+    with pytest.raises(ValueError, match='only an ODResNet or ODMobileNetV2'):
+        export_official_checkpoint(ODResNetV1d(depth=18, base_channels=8))
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (dict(depth=18, kernel_num=1), 'K is 4 in the file and 1 in the model$'),
+        (dict(depth=34), 'depth is 18 in the file and 34 in the model$'),
+        (dict(depth=50), 'depth is 18 in the file and 50 in the model$'),
+        (dict(depth=18, base_channels=32, stem_channels=32), 'width is 64 .* and 32 in the model$'),
+        (
+            dict(depth=50, kernel_num=2),
+            'depth is 18 .* 50 in the model; K is 4 in the file and 2 in the model$',
+        ),
+    ],
+)
+def test_a_resnet_that_does_not_fit_is_told_in_what(args, message):
+    with pytest.raises(RuntimeError, match=message):
+        load_official_checkpoint(ODResNet(**args), classifier_file('od_resnet18_K4'))
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (dict(widen_factor=0.75, kernel_num=1), 'width is 16 in the file and 24 in the model$'),
+        (dict(widen_factor=0.5, kernel_num=4), 'K is 1 in the file and 4 in the model$'),
+    ],
+)
+def test_a_mobilenet_that_does_not_fit_is_told_in_what(args, message):
+    with pytest.raises(RuntimeError, match=message):
+        load_official_checkpoint(ODMobileNetV2(**args), classifier_file('od_mobilenetv2_050_K1'))
+
+
+def test_another_family_and_a_static_file_are_named():
+    content = classifier_file('od_mobilenetv2_050_K1')
+    with pytest.raises(RuntimeError, match=r'family is MobileNetV2 .* ResNet in the model$'):
+        load_official_checkpoint(ODResNet(depth=18), content)
+    static = {n: t.mean(0) if t.dim() == 5 else t for n, t in published('od_resnet18_K4').items()}
+    with pytest.raises(RuntimeError, match=r'K is none \(static\) in the file and 4 in the model'):
+        load_official_checkpoint(ODResNet(depth=18), static)
+
+
+def test_names_on_both_sides_and_shapes_are_listed_and_nothing_is_loaded():
+    state = published('od_resnet18_K4')
+    for i in range(2):
+        state[f'module.layer1.{i}.conv1.extra'] = torch.ones(1)
+        for j in (1, 2):
+            del state[f'module.layer2.{i}.bn{j}.weight']
+    state['module.bn1.weight'] = torch.ones(3)
+    model = ODResNet(depth=18)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError) as error:
+        load_official_checkpoint(model, state)
+    message = str(error.value)
+    assert 'missing: layer2.0.bn1.weight, layer2.0.bn2.weight, ' in message
+    assert 'layer2.1.bn1.weight and 1 more; ' in message
+    assert 'left over: layer1.0.conv1.extra, layer1.1.conv1.extra; ' in message
+    assert 'of another shape: bn1.weight ((3,) in the file, (64,) in the model)' in message
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ('never',)
+
+
+def test_files_are_read_in_safe_mode(tmp_path):
+    path = tmp_path / 'hostile.pth'
+    torch.save({'state_dict': published('od_resnet18_K4'), 'x': Hostile()}, path)
+    with pytest.raises(ValueError, match=r'hostile\.pth cannot be read as a file of weights'):
+        load_official_checkpoint(ODResNet(depth=18), path)
+    path.write_bytes(pickle.dumps(3)[:2])
+    with pytest.raises(ValueError, match='cannot be read as a file of weights'):
+        load_official_checkpoint(ODResNet(depth=18), path)
+
+
+@pytest.mark.parametrize('content', [{}, {'state_dict': {}}, {'epoch': 3}, []])
+def test_what_holds_no_weights_is_refused(content):
+    with pytest.raises(ValueError, match='no state dict'):
+        load_official_checkpoint(ODResNet(depth=18), content)
+
+
+def test_the_tools_go_there_and_back(tmp_path):
+    config = 'configs/odconv/faster-rcnn_od_r18.py'
+    original, ours, back = (tmp_path / n for n in ('original.pth', 'ours.pth', 'back.pth'))
+    content = detector_file(detector(), 'od_resnet18_K4')
+    torch.save(content, original)
+    run_tool('model_converters/published_to_mmdet.py', original, config, ours)
+    converted = torch.load(ours, weights_only=True)
+    assert converted['meta'] == {'dataset_meta': {'classes': ('a', 'b')}}
+    run_tool('model_converters/mmdet_to_published.py', ours, back)
+    state = torch.load(back, weights_only=True)['state_dict']
+    expected = {n: t for n, t in content['state_dict'].items() if '.fc.' not in n}
+    expected |= {n: t for n, t in content['state_dict'].items() if '.attention.fc.' in n}
+    assert set(state) == set(expected)
+    assert all(torch.equal(t, expected[n].to(t.dtype)) for n, t in state.items())
+
+
+def test_the_tools_answer_in_one_sentence(tmp_path):
+    config = 'configs/odconv/faster-rcnn_od_r50.py'
+    source, out = tmp_path / 'classifier.pth', tmp_path / 'out.pth'
+    torch.save(classifier_file('od_resnet18_K4'), source)
+    for name, args, message in (
+        ('published_to_mmdet', (source, config, out), 'depth is 18 in the file and 50 in the mod'),
+        ('published_to_mmdet', (source, config, source), 'exists; --force overwrites it'),
+        ('mmdet_to_published', (source, tmp_path / 'no/x.pth'), 'does not exist'),
+    ):
+        result = run_tool(f'model_converters/{name}.py', *args, ok=False)
+        assert message in result.stderr.splitlines()[-1]
+        assert 'Traceback' not in result.stderr
+    assert not out.exists()
