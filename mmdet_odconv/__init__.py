@@ -13,6 +13,7 @@ check_openmmlab()
 
 from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt  # noqa: E402
 from .checkpoint import register_safe_globals  # noqa: E402
+from .conversion import convert_to_odconv  # noqa: E402
 from .hooks import ODConvTemperatureHook  # noqa: E402
 from .layers import ODConv1d, ODConv2d, ODConv3d, set_temperature  # noqa: E402
 from .version import __version__  # noqa: E402
@@ -29,5 +30,6 @@ __all__ = [
     'ODResNet',
     'ODResNetV1d',
     '__version__',
+    'convert_to_odconv',
     'set_temperature',
 ]
