@@ -9,7 +9,6 @@ from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.hub import get_config
-from mmengine.logging import MessageHub
 
 from mmdet_odconv import ODConv2d, convert_to_odconv
 from tests.conftest import ROOT
@@ -78,14 +77,7 @@ def features(model, batch):
         return model.extract_feat(model.data_preprocessor(batch, training=False)['inputs'])
 
 
-@pytest.fixture(autouse=True)
-def _progress():
-    """Some heads ask how far the training is."""
-    hub = MessageHub.get_instance('conversion')
-    hub.update_info('epoch', 0)
-    hub.update_info('iter', 0)
-
-
+@pytest.mark.usefixtures('_first_iteration')
 @pytest.mark.parametrize('family', [*TOOL.DETECTORS, *TOOL.BACKBONES])
 def test_a_converted_detector_trains_predicts_saves_and_loads(family, tmp_path):
     if family == 'PAA':

@@ -65,7 +65,8 @@ asked for, by `include='patch_embed'`: it has no other convolution.
 Parameters are of the whole detector. MAdds are of its backbone and neck, the head being as before,
 on one image of {size}×{size} pixels as mmengine's `FlopAnalyzer` counts them: the products in
 convolutions, matrix products (the mixing of the kernel banks among them) and norms, but no
-element-wise products. The paper's figures for ODConv, K = 4 and 224×224 pixels, are higher:
+element-wise products. By the paper's figures, for K = 4 and 224×224 pixels, ODConv adds more than
+by this way of counting, in which a backbone has no classifier:
 
 | backbone | paper, plain → ODConv | this way of counting |
 |---|---|---|
