@@ -17,6 +17,7 @@ from .checkpoint import (  # noqa: E402
     load_official_checkpoint,
     register_safe_globals,
 )
+from .conversion import convert_to_odconv  # noqa: E402
 from .deployment import fuse_odconv_bn  # noqa: E402
 from .hooks import ODConvTemperatureHook  # noqa: E402
 from .layers import ODConv1d, ODConv2d, ODConv3d, set_temperature  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     'ODResNet',
     'ODResNetV1d',
     '__version__',
+    'convert_to_odconv',
     'export_official_checkpoint',
     'fuse_odconv_bn',
     'load_official_checkpoint',

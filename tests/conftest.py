@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MessageHub
 
 import mmdet_odconv  # noqa: F401  registers everything
 
@@ -16,6 +17,14 @@ SHARED = ROOT.parent / 'shared' / 'data'
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def _first_iteration() -> None:
+    """What a runner tells the parts of a detector that ask how far the training is."""
+    hub = MessageHub.get_instance('tests')
+    hub.update_info('epoch', 0)
+    hub.update_info('iter', 0)
 
 
 @pytest.fixture

@@ -1,0 +1,7 @@
+"""DINO, ResNet-50 converted to ODConv, K=4, on COCO, 12 epochs."""
+
+_base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+
+custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
+
+model = dict(type='ODConvModel', detector={{_base_.model.type}}, odconv=dict(kernel_num=4))

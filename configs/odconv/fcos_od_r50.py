@@ -1,0 +1,7 @@
+"""FCOS, ResNet-50 (caffe) converted to ODConv, K=4, on COCO, 1x."""
+
+_base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+
+custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
+
+model = dict(type='ODConvModel', detector={{_base_.model.type}}, odconv=dict(kernel_num=4))

@@ -1,0 +1,63 @@
+"""Conversion from a config: a builder that returns the converted detector itself."""
+
+import copy
+import logging
+from typing import Any
+
+from mmdet.registry import MODELS as DETECTORS
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import nn
+
+from .convert import convert_to_odconv
+
+
+@MODELS.register_module(name='ODConvModel')
+def build_odconv_model(
+    odconv: dict[str, Any] | None = None,
+    detector: str | None = None,
+    model: dict[str, Any] | None = None,
+    data_preprocessor: dict[str, Any] | nn.Module | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Build a model, replace plain convolutions by ODConv, and return the model.
+
+    In a config that inherits from one of mmdet's, either name the detector and leave its fields
+    in their places, where other configs, ``--cfg-options`` and mmdet's own functions find them::
+
+        model = dict(type='ODConvModel', detector={{_base_.model.type}}, odconv=dict(kernel_num=4))
+
+    or wrap the whole::
+
+        model = dict(
+            _delete_=True, type='ODConvModel', model={{_base_.model}}, odconv=dict(kernel_num=4)
+        )
+
+    The report of the conversion goes to the log.
+
+    Args:
+        odconv (dict, optional): Arguments of :func:`~mmdet_odconv.convert_to_odconv`. Default:
+            none, its defaults.
+        detector (str, optional): Type of the model. Default: ``model``'s.
+        model (dict, optional): Config of the model. Default: ``fields`` are all of it.
+        data_preprocessor (dict | nn.Module, optional): The model's, where its config has none.
+        **fields: Fields of the model's config, in place of ``model``'s.
+
+    Returns:
+        nn.Module: The model, of its own class.
+
+    Raises:
+        ValueError: Neither ``detector`` nor ``model`` says what to build.
+    """
+    config = {**copy.copy(model or {}), **fields}
+    if detector is not None:
+        config['type'] = detector
+    if 'type' not in config:
+        raise ValueError('ODConvModel needs the type of a model as detector, or a config as model')
+    if data_preprocessor is not None:
+        config.setdefault('data_preprocessor', data_preprocessor)
+    # From this registry mmengine finds the models of the default scope, and mmdet's without one.
+    built = DETECTORS.build(config)
+    report = convert_to_odconv(built, **(odconv or {}))
+    print_log(f'ODConv in {type(built).__name__}:\n{report}', logger='current', level=logging.INFO)
+    return built

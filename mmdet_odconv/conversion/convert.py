@@ -1,0 +1,153 @@
+"""Conversion of a built model: plain convolutions become ODConv layers, in place."""
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from .initialisation import keep_initialisation
+from .report import ConversionReport
+from .rules import TWINS, guard, obstacle
+from .selection import Patterns, Selection
+from .site import Site, find_convolutions
+
+# What PyTorch keeps of a module's hooks; those on its state dict belong to the static weight.
+_HOOKS = (
+    '_forward_hooks',
+    '_forward_hooks_with_kwargs',
+    '_forward_hooks_always_called',
+    '_forward_pre_hooks',
+    '_forward_pre_hooks_with_kwargs',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_is_full_backward_hook',
+)
+
+
+def convert_to_odconv(
+    model: nn.Module,
+    kernel_num: int = 4,
+    reduction: float = 1 / 16,
+    include: Patterns = 'backbone',
+    exclude: Patterns = (),
+    min_channels: int = 1,
+    **odconv_args: Any,
+) -> ConversionReport:
+    """Replace plain convolutions of ``model`` by ODConv layers that compute the same, in place.
+
+    Replaced are ``nn.Conv1d/2d/3d`` and mmcv's wrappers of them, never a subclass with behaviour
+    of its own. One that is used at several places stays one layer. Each layer starts from the
+    weights of its convolution and takes over its forward and backward hooks, training mode,
+    device, type and ``requires_grad``, the latter for the attention too.
+
+    Stems, patch embeddings, 1×1 shortcuts, convolutions of channel attentions and the prediction
+    layers of heads (:func:`~mmdet_odconv.conversion.rules.guard`) stay, unless a pattern of
+    ``include`` asks for them: one that is found in the convolution's name but not in the name of
+    the backbone, head or block that it belongs to. 'downsample' asks for shortcuts, 'retina_cls'
+    for a prediction layer; 'backbone' and '.*' ask for neither.
+
+    Convert before an optimizer is built, which holds the parameters that it was given.
+
+    Args:
+        model (nn.Module): A detector or any other model.
+        kernel_num (int): K, kernels in each bank. Default: 4.
+        reduction (float): Width of the attention branches relative to their input. Default: 1/16.
+        include (str | Sequence[str]): Regular expressions, to be found in the dotted names of the
+            convolutions to replace. Default: 'backbone'.
+        exclude (str | Sequence[str]): The same for convolutions to leave. Default: none.
+        min_channels (int): Convolutions with fewer input or output channels stay. Default: 1.
+        **odconv_args: Further arguments of :class:`~mmdet_odconv.ODConv2d`, for example
+            ``norm_cfg=dict(type='LN')``.
+
+    Returns:
+        ConversionReport: What was converted, and what was kept and why.
+
+    Raises:
+        ValueError: A pattern is no regular expression or matches no convolution (the message has
+            near names), or an argument of ODConv is out of its range. The model is unchanged.
+    """
+    convolutions = find_convolutions(model)
+    names = [site.name for sites in convolutions.values() for site in sites]
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    included = Selection('include', include, names, modules)
+    excluded = Selection('exclude', exclude, names, modules)
+    tied = _tied_weights(model)
+
+    before = _count_parameters(model)
+    layers: dict[nn.Module, nn.Module] = {}
+    converted, kept = [], []
+    for conv, sites in convolutions.items():
+        reason = _reason_to_keep(
+            sites, included, excluded, min_channels, tied=id(getattr(conv, 'weight', None)) in tied
+        )
+        if reason is None:
+            layers[conv] = _odconv_like(
+                conv, kernel_num=kernel_num, reduction=reduction, **odconv_args
+            )
+            converted.append(sites[0].name)
+        else:
+            kept.append((sites[0].name, reason))
+
+    _replace(model, layers)
+    keep_initialisation(model)
+    return ConversionReport(converted, kept, before, _count_parameters(model))
+
+
+def _reason_to_keep(
+    sites: list[Site], included: Selection, excluded: Selection, min_channels: int, tied: bool
+) -> str | None:
+    """Why the convolution at these places stays; None if it is to be replaced."""
+    if any(excluded.matches(site.name) for site in sites):
+        return 'excluded'
+    for site in sites:
+        reason = obstacle(site, tied)
+        if reason is not None:
+            return reason
+        special = guard(site)
+        if special is not None and not included.asks_for(site.name, special):
+            return special.reason
+    if not any(included.matches(site.name) for site in sites):
+        return 'not included'
+    conv = sites[0].conv
+    if min(conv.in_channels, conv.out_channels) < min_channels:
+        return f'fewer than {min_channels} channels'
+    return None
+
+
+def _odconv_like(conv: Any, **odconv_args: Any) -> nn.Module:
+    """An ODConv layer that can stand in the place of ``conv``."""
+    layer = TWINS[type(conv)].like(conv, **odconv_args)
+    _carry_weights(conv, layer)
+    layer.requires_grad_(conv.weight.requires_grad)
+    if conv.bias is not None:
+        layer.bias.requires_grad_(conv.bias.requires_grad)
+    layer.train(conv.training)
+    for name in _HOOKS:
+        # The very same dicts, so that the handles that registering gave still remove the hooks.
+        setattr(layer, name, getattr(conv, name))
+    return layer
+
+
+def _carry_weights(conv: nn.Module, layer: nn.Module) -> None:
+    """Let ``layer`` compute what ``conv`` computes."""
+    layer.load_state_dict(conv.state_dict(), strict=False)
+
+
+def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
+    """Put the new layers into every place of the old ones."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in layers:
+                parent._modules[name] = layers[child]
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """The identities of the parameters that more than one module has."""
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    return {identity for identity, number in owners.items() if number > 1 and identity != id(None)}
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,421 @@
+"""Every rule of the conversion, on small models."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule
+from mmcv.cnn.bricks.wrappers import Conv2d as WrappedConv2d
+from mmcv.cnn.bricks.wrappers import Conv3d as WrappedConv3d
+from mmdet.models.backbones import (
+    SSDVGG,
+    CSPDarknet,
+    CSPNeXt,
+    Darknet,
+    HRNet,
+    MobileNetV2,
+    PyramidVisionTransformer,
+    ResNeSt,
+    ResNet,
+    ResNetV1d,
+    SwinTransformer,
+)
+from mmdet.models.dense_heads import RetinaHead, RPNHead, RTMDetSepBNHead, TOODHead
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
+
+from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, convert_to_odconv
+from tests.reference import relative_error
+
+
+class Net(nn.Module):
+    """A model with whatever backbone, and a head if need be."""
+
+    def __init__(self, backbone, head=None):
+        super().__init__()
+        self.backbone = backbone
+        if head is not None:
+            self.bbox_head = head
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def chain(*modules):
+    return Net(nn.Sequential(*modules))
+
+
+def reason(report, name):
+    return dict(report.kept).get(name)
+
+
+def odconvs(model):
+    return {name for name, m in model.named_modules() if isinstance(m, ODConv2d)}
+
+
+@pytest.mark.parametrize(
+    ('plain', 'odconv', 'size'),
+    [
+        (nn.Conv1d, ODConv1d, (9,)),
+        (nn.Conv2d, ODConv2d, (9, 8)),
+        (nn.Conv3d, ODConv3d, (5, 6, 4)),
+        (WrappedConv2d, ODConv2d, (9, 8)),
+        (WrappedConv3d, ODConv3d, (5, 6, 4)),
+    ],
+)
+@pytest.mark.parametrize('kernel_num', [1, 3])
+def test_plain_convolutions_of_every_kind_keep_their_function(plain, odconv, size, kernel_num):
+    conv = plain(4, 6, 3, stride=2, padding=1, dilation=1, groups=2)
+    model = chain(conv, nn.ReLU()).double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
+    before = model(x)
+    report = convert_to_odconv(model, kernel_num=kernel_num)
+    assert report.converted == ['backbone.0']
+    assert report.kept == []
+    assert type(model.backbone[0]) is odconv
+    assert model.backbone[0].kernel_num == kernel_num
+    assert relative_error(model(x), before) < 1e-10
+
+
+def test_the_kernels_of_a_bank_differ():
+    model = chain(nn.Conv2d(4, 6, 3))
+    convert_to_odconv(model)
+    bank = model.backbone[0].weight
+    assert (bank[0] - bank[1]).abs().min() > 0
+
+
+def test_the_arguments_of_odconv_arrive():
+    model = chain(nn.Conv2d(32, 6, 3))
+    convert_to_odconv(
+        model,
+        kernel_num=3,
+        reduction=0.5,
+        min_attention_channels=8,
+        norm_cfg=dict(type='LN'),
+        temperature=4.0,
+    )
+    layer = model.backbone[0]
+    assert (layer.kernel_num, layer.temperature) == (3, 4.0)
+    assert layer.attention.fc.weight.shape[:2] == (16, 32)
+    assert isinstance(layer.attention.bn, nn.LayerNorm)
+
+
+def test_a_bad_argument_leaves_the_model_as_it_was():
+    model = chain(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3))
+    with pytest.raises(ValueError, match='kernel_num'):
+        convert_to_odconv(model, kernel_num=0)
+    assert not odconvs(model)
+
+
+def test_a_module_at_several_places_stays_one():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = Net(nn.ModuleDict({'a': conv, 'b': nn.Sequential(conv, nn.ReLU(), conv)}))
+    report = convert_to_odconv(model)
+    assert report.converted == ['backbone.a']
+    layer = model.backbone['a']
+    assert isinstance(layer, ODConv2d)
+    assert layer is model.backbone['b'][0]
+    assert layer is model.backbone['b'][2]
+
+
+def test_the_convolutions_that_rtmdet_shares_over_its_levels_stay_shared():
+    head = RTMDetSepBNHead(3, 8, feat_channels=8, share_conv=True, norm_cfg=dict(type='BN'))
+    model = Net(nn.Sequential(nn.Conv2d(4, 4, 1)), head)
+    report = convert_to_odconv(model, include='bbox_head')
+    assert len(report.converted) == 2 * 4  # of the 2 * 4 * 5 places
+    for convs in (head.cls_convs, head.reg_convs):
+        for i in range(4):
+            layers = {level[i].conv for level in convs}
+            assert len(layers) == 1
+            assert isinstance(layers.pop(), ODConv2d)
+    assert {m.norm for m in head.cls_convs[0]}.isdisjoint(m.norm for m in head.cls_convs[1])
+
+
+def test_a_place_that_is_excluded_counts_for_all_places_of_a_module():
+    conv = nn.Conv2d(4, 4, 1)
+    model = Net(nn.ModuleDict({'a': conv, 'b': nn.Sequential(conv), 'c': nn.Conv2d(4, 4, 1)}))
+    report = convert_to_odconv(model, exclude=r'\.b\.')
+    assert report.converted == ['backbone.c']
+    assert reason(report, 'backbone.a') == 'excluded'
+
+
+def test_forward_and_backward_hooks_survive_and_can_be_removed():
+    model = chain(nn.Conv2d(4, 6, 3))
+    calls = []
+    conv = model.backbone[0]
+    handles = [
+        conv.register_forward_pre_hook(lambda m, args: calls.append('pre')),
+        conv.register_forward_hook(
+            lambda m, args, kwargs, out: calls.append('post'), with_kwargs=True
+        ),
+        conv.register_forward_hook(lambda m, args, out: calls.append('always'), always_call=True),
+        conv.register_full_backward_hook(lambda m, gi, go: calls.append('backward')),
+    ]
+    convert_to_odconv(model)
+    model(torch.randn(2, 4, 5, 5, requires_grad=True)).sum().backward()
+    assert calls == ['pre', 'post', 'always', 'backward']
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(2, 4, 5, 5))
+    assert len(calls) == 4
+
+
+def test_the_old_convolution_is_released():
+    model = chain(nn.Conv2d(4, 6, 3))
+    old = weakref.ref(model.backbone[0])
+    convert_to_odconv(model)
+    assert old() is None
+
+
+def test_training_mode_device_and_type_survive():
+    model = chain(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3)).to(torch.bfloat16)
+    model.backbone[0].eval()
+    convert_to_odconv(model)
+    first, second = model.backbone
+    assert not any(m.training for m in first.modules())
+    assert all(m.training for m in second.modules())
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    model = chain(nn.Conv2d(4, 6, 3)).to('meta')
+    convert_to_odconv(model)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_what_is_frozen_stays_frozen_the_attention_included():
+    model = chain(*(nn.Conv2d(4, 4, 3) for _ in range(3)))
+    model.backbone[0].requires_grad_(False)
+    model.backbone[1].bias.requires_grad_(False)
+    convert_to_odconv(model)
+    frozen, half, free = model.backbone
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert half.weight.requires_grad
+    assert not half.bias.requires_grad
+    assert all(p.requires_grad for p in free.parameters())
+
+
+def test_frozen_stages_and_norm_eval_of_a_resnet():
+    model = Net(ResNet(18, base_channels=8, frozen_stages=2, norm_eval=True))
+    convert_to_odconv(model)
+    model.train()
+    backbone = model.backbone
+    assert not any(p.requires_grad for p in backbone.layer2.parameters())
+    assert all(p.requires_grad for p in backbone.layer3.parameters())
+    assert not backbone.layer4[0].conv1.attention.bn.training
+    sum(out.sum() for out in model(torch.randn(2, 3, 32, 32))).backward()
+    assert backbone.layer3[0].conv1.weight.grad.any()
+
+
+def test_the_attributes_of_a_conv_module_survive():
+    module = ConvModule(4, 6, 3, stride=2, norm_cfg=dict(type='BN'), padding_mode='reflect')
+    before = {k: v for k, v in vars(module).items() if k != '_modules'}
+    convert_to_odconv(Net(nn.Sequential(module)))
+    after = {k: v for k, v in vars(module).items() if k != '_modules'}
+    assert isinstance(module.conv, ODConv2d)
+    assert before == after
+
+
+class OwnConv(nn.Conv2d):
+    """Does something of its own."""
+
+
+def test_what_cannot_be_converted_stays_with_the_reason():
+    tied, other = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    other.weight = tied.weight
+    head = TOODHead(3, 8, stacked_convs=2, feat_channels=8, norm_cfg=None, num_dcn=1)
+    efficient = ConvModule(4, 4, 3, norm_cfg=dict(type='BN'), efficient_conv_bn_eval=True)
+    model = Net(
+        nn.ModuleDict(
+            {
+                'own': OwnConv(4, 4, 3),
+                'transposed': nn.ConvTranspose2d(4, 4, 3),
+                'spectral': spectral_norm(nn.Conv2d(4, 4, 3)),
+                'weight_norm': parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+                'tied': tied,
+                'other': other,
+                'efficient': efficient,
+                'ready': ODConv2d(4, 4, 3),
+                'plain': nn.Conv2d(4, 4, 3),
+            }
+        ),
+        head,
+    )
+    report = convert_to_odconv(model, include=['backbone', 'bbox_head'])
+    norm = 'spectral norm, weight norm or another form of its weight'
+    expected = {
+        'own': 'OwnConv, a subclass with behaviour of its own',
+        'transposed': 'transposed convolution',
+        'spectral': norm,
+        'weight_norm': norm,
+        'tied': 'weight shared with another module',
+        'other': 'weight shared with another module',
+        'efficient.conv': 'weight read by its parent',
+        'ready': 'ODConv already',
+    }
+    for name, why in expected.items():
+        assert reason(report, f'backbone.{name}') == why
+    assert 'backbone.plain' in report.converted
+    assert {name for name, why in report.kept if why == 'deformable convolution'} == {
+        'bbox_head.inter_convs.0.conv',
+        'bbox_head.inter_convs.0.conv.conv_offset',
+    }
+    assert reason(report, 'bbox_head.cls_decomp.reduction_conv.conv') == 'weight read by its parent'
+    assert reason(report, 'bbox_head.cls_decomp.layer_attention.0') == 'channel attention'
+
+
+def test_a_model_that_is_a_convolution_cannot_be_replaced_in_place():
+    report = convert_to_odconv(nn.Conv2d(4, 4, 3), include='')
+    assert report.kept == [('', 'the model itself')]
+
+
+STEMS = {
+    'ResNet': (lambda: ResNet(18, base_channels=8), {'conv1'}),
+    'ResNetV1d': (lambda: ResNetV1d(depth=18, stem_channels=8), {'stem.0', 'stem.3', 'stem.6'}),
+    'MobileNetV2': (lambda: MobileNetV2(0.25), {'conv1.conv'}),
+    'Darknet': (lambda: Darknet(), {'conv1.conv'}),
+    'CSPDarknet': (lambda: CSPDarknet(widen_factor=0.125), {'stem.conv.conv'}),
+    'CSPNeXt': (lambda: CSPNeXt(widen_factor=0.125), {f'stem.{i}.conv' for i in range(3)}),
+    'SSDVGG': (lambda: SSDVGG(11, ceil_mode=True), {'features.0'}),
+    'HRNet': (
+        lambda: HRNet(
+            dict(
+                stage1=dict(
+                    num_modules=1,
+                    num_branches=1,
+                    block='BOTTLENECK',
+                    num_blocks=(1,),
+                    num_channels=(8,),
+                ),
+                **{
+                    f'stage{n}': dict(
+                        num_modules=1,
+                        num_branches=n,
+                        block='BASIC',
+                        num_blocks=(1,) * n,
+                        num_channels=(4,) * n,
+                    )
+                    for n in (2, 3, 4)
+                },
+            )
+        ),
+        {'conv1', 'conv2'},
+    ),
+}
+
+
+@pytest.mark.parametrize('name', STEMS)
+@pytest.mark.parametrize('alone', [False, True])
+def test_the_stem_stays_unless_asked_for(name, alone):
+    build, expected = STEMS[name]
+    backbone = build()
+    model, prefix = (backbone, '') if alone else (Net(backbone), 'backbone.')
+    names = {f'{prefix}{part}' for part in expected}
+    report = convert_to_odconv(model, include='.*' if alone else 'backbone', kernel_num=1)
+    assert {n for n, why in report.kept if why == 'stem'} == names
+    assert report.converted
+    pattern = f'^{prefix}({"|".join(expected)})$'
+    assert set(convert_to_odconv(model, include=pattern).converted) == names
+
+
+def test_a_backbone_without_stages_has_only_what_reads_the_image_for_a_stem():
+    report = convert_to_odconv(chain(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3)))
+    assert report.converted == ['backbone.1', 'backbone.2']
+
+
+def test_shortcuts_stay_unless_asked_for():
+    model = Net(ResNet(50, base_channels=8))
+    shortcuts = {f'backbone.layer{i}.0.downsample.0' for i in range(1, 5)}
+    report = convert_to_odconv(model, kernel_num=1, include=['backbone', 'layer1'])
+    assert {n for n, why in report.kept if why == '1×1 shortcut'} == shortcuts
+    assert set(convert_to_odconv(model, include='downsample').converted) == shortcuts
+
+
+def test_the_squeezed_part_of_an_attention_stays():
+    report = convert_to_odconv(Net(CSPNeXt(widen_factor=0.125)), kernel_num=1)
+    assert reason(report, 'backbone.stage1.1.attention.fc') == 'channel attention'
+    report = convert_to_odconv(Net(ResNeSt(depth=50, base_channels=8)), kernel_num=1)
+    assert reason(report, 'backbone.layer1.0.conv2.fc1') == 'channel attention'
+    assert 'backbone.layer1.0.conv2.conv' in report.converted
+
+
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: SwinTransformer(embed_dims=24, depths=(1, 1, 1, 1), window_size=2),
+        lambda: PyramidVisionTransformer(embed_dims=8, num_layers=[1, 1, 1, 1]),
+    ],
+)
+def test_patch_embeddings_stay_unless_asked_for(build):
+    model = Net(build())
+    report = convert_to_odconv(model, kernel_num=1)
+    embeddings = [n for n, why in report.kept if why == 'patch embedding']
+    assert embeddings
+    assert not any('projection' in name for name in report.converted)
+    assert convert_to_odconv(model, include='projection').converted == embeddings
+
+
+def test_prediction_layers_stay_unless_asked_for():
+    backbone = nn.Sequential(nn.Conv2d(4, 4, 1))
+    model = Net(backbone, RetinaHead(3, 8, feat_channels=8, stacked_convs=1))
+    report = convert_to_odconv(model, include='bbox_head')
+    assert [n for n, why in report.kept if why == 'prediction layer'] == [
+        'bbox_head.retina_cls',
+        'bbox_head.retina_reg',
+    ]
+    assert report.converted == ['bbox_head.cls_convs.0.conv', 'bbox_head.reg_convs.0.conv']
+    assert reason(report, 'backbone.0') == 'not included'
+    report = convert_to_odconv(model, include='retina_cls')
+    assert report.converted == ['bbox_head.retina_cls']
+
+    report = convert_to_odconv(Net(backbone, RPNHead(8, feat_channels=8)), include='bbox_head')
+    assert report.converted == ['bbox_head.rpn_conv']
+
+
+def test_min_channels():
+    model = chain(nn.Conv2d(4, 16, 1), nn.Conv2d(16, 8, 1), nn.Conv2d(16, 16, 1))
+    report = convert_to_odconv(model, min_channels=8)
+    assert report.converted == ['backbone.1', 'backbone.2']
+    assert reason(report, 'backbone.0') == 'fewer than 8 channels'
+
+
+@pytest.mark.parametrize('argument', ['include', 'exclude'])
+@pytest.mark.parametrize(
+    ('pattern', 'message'),
+    [
+        ('bakbone', r"'bakbone' matches .* no convolution .*near names: backbone"),
+        ('backbone.layer5.0', r'near names: .*backbone\.layer4\.0'),
+        ('zzz', 'the model consists of: backbone'),
+        ('(', r"'\(' is no regular expression"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(argument, pattern, message):
+    model = Net(ResNet(18, base_channels=8))
+    with pytest.raises(ValueError, match=f'{argument} .*{message}'):
+        convert_to_odconv(model, **{argument: ['layer1', pattern]})
+    assert not odconvs(model)
+
+
+def test_the_report():
+    model = Net(ResNet(18, base_channels=8))
+    before = sum(p.numel() for p in model.parameters())
+    report = convert_to_odconv(model, kernel_num=2, exclude='layer4')
+    assert report.parameters_before == before
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    assert report.reasons() == {'excluded': 5, '1×1 shortcut': 2, 'stem': 1}
+    text = str(report)
+    assert 'backbone.layer*.*.conv* (12)' in text
+    assert 'kept: stem' in text
+    assert f'parameters: {before / 1e6:.2f} M before' in text
+    details = report.details()
+    assert all(name in details for name in report.converted)
+    assert all(name in details for name, _ in report.kept)
+
+
+def test_a_converted_model_can_be_copied_converted_further_and_pickled(tmp_path):
+    model = Net(ResNet(18, base_channels=8), RetinaHead(3, 8, feat_channels=8))
+    convert_to_odconv(model)
+    report = convert_to_odconv(model, include='cls_convs')
+    assert len(report.converted) == 4
+    torch.save(copy.deepcopy(model), tmp_path / 'model.pth')
+    twin = torch.load(tmp_path / 'model.pth', weights_only=False)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(twin.eval()(x)[-1], model.eval()(x)[-1])
