@@ -1,6 +1,6 @@
 """Make a synthetic object-detection data set in COCO format, so that no download is needed.
 
-Every image is a procedural background with 2 to 10 rotated shapes of five classes, about half of
+Every image is a procedural background with 2 to 10 tilted shapes of five classes, about half of
 them under 32x32 px in area. The folder ``OUT`` gets ``annotations/instances_{train,val}.json`` and
 the images ``{train,val}/000000.jpg`` onwards. Image ``i`` of a split is empty if ``i % 33 == 7``,
 else it also has a crowd region if ``i % 25 == 12``: a split of 25 images has at least one of each.
@@ -36,6 +36,7 @@ SCALES = ((10, 30, 0.58), (34, 90, 0.32), (98, 180, 0.1))  # low, high, probabil
 CROWD_LABEL = 255  # the other labels in a scene's owner map count its objects from 1
 MAX_HIDDEN = 0.25  # share of an object that later objects may hide
 MIN_VISIBLE = 16  # px
+MAX_TURN = np.pi / 12  # upright enough to be told apart at 10 px
 
 
 def _unit_polygons() -> list[Floats]:
@@ -139,8 +140,8 @@ class _Scene:
         return crowd + [_annotation(c, m, False) for c, m in masks if m.sum() >= MIN_VISIBLE]
 
     def _shape(self, category: int, scale: float, centre: Floats) -> tuple[Floats, Box]:
-        """Return a rotated shape's anti-aliased coverage and the image part it lies in."""
-        angle = self.rng.uniform(0, 2 * np.pi)
+        """Return a tilted shape's anti-aliased coverage and the image part it lies in."""
+        angle = self.rng.uniform(-MAX_TURN, MAX_TURN)
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         points = UNIT_POLYGONS[category] @ turn * scale + centre
         x0, y0 = np.floor(points.min(axis=0)).astype(int) - 1
@@ -230,7 +231,7 @@ def _annotation(category: int, mask: Bools, crowd: bool) -> dict[str, Any]:
 def _info(arguments: dict[str, int]) -> dict[str, Any]:
     """Return what tells one set from another."""
     text = 'Generated pictures of simple shapes for object detection'
-    return {'description': text, 'tool': Path(__file__).name, 'version': '1', **arguments}
+    return {'description': text, 'tool': Path(__file__).name, 'version': '2', **arguments}
 
 
 def _make_split(out: Path, arguments: dict[str, int], split: str) -> dict[str, Any]:

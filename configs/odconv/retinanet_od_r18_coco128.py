@@ -17,6 +17,6 @@ model = dict(
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
 
-train_cfg = dict(max_epochs=30, val_interval=5)
+train_cfg = dict(max_epochs=20, val_interval=4)
 param_scheduler = _base_.param_scheduler
-param_scheduler[1].update(end=30, milestones=[24, 28])
+param_scheduler[1].update(end=20, milestones=[16, 19])

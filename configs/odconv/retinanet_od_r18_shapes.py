@@ -17,3 +17,6 @@ model = dict(
 )
 
 train_dataloader = dict(batch_size=4)
+train_cfg = dict(max_epochs=10)
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].update(end=10, milestones=[7, 9])

@@ -13,9 +13,8 @@ class InitWeights:
     """Runs the ``init_weights`` of a model's class in such a way that ODConv layers start well.
 
     mmengine's initialisation goes by the types and names that the static model has. In a
-    converted one it would not reach the ODConv layers inside plain containers, would set the
-    scale of their attentions' norms like that of any norm, and would reset layers after the model
-    has set their biases. So each ODConv layer first initialises itself, then the model does what
+    converted one it would not reach the ODConv layers inside plain containers, and would reset
+    layers after the model has set their biases. So each ODConv layer first initialises itself, then the model does what
     it does, and in the end the attentions start anew, save those of layers that a checkpoint
     (``init_cfg=dict(type='Pretrained', ...)``) was loaded into.
 
