@@ -14,9 +14,9 @@ class InitWeights:
 
     mmengine's initialisation goes by the types and names that the static model has. In a
     converted one it would not reach the ODConv layers inside plain containers, and would reset
-    layers after the model has set their biases. So each ODConv layer first initialises itself, then the model does what
-    it does, and in the end the attentions start anew, save those of layers that a checkpoint
-    (``init_cfg=dict(type='Pretrained', ...)``) was loaded into.
+    layers after the model has set their biases. So each ODConv layer first initialises itself,
+    then the model does what it does, and in the end the attentions start anew, save those of
+    layers that a checkpoint (``init_cfg=dict(type='Pretrained', ...)``) was loaded into.
 
     Args:
         model (nn.Module): A model with ``init_weights``.
