@@ -1,9 +1,11 @@
 """Make a synthetic object-detection data set in COCO format, so that no download is needed.
 
 Every image is a procedural background with 2 to 10 tilted shapes of five classes, about half of
-them under 32x32 px in area. The folder ``OUT`` gets ``annotations/instances_{train,val}.json`` and
-the images ``{train,val}/000000.jpg`` onwards. Image ``i`` of a split is empty if ``i % 33 == 7``,
-else it also has a crowd region if ``i % 25 == 12``: a split of 25 images has at least one of each.
+them under 32x32 px in area. A class has a shape and a range of hues of its own: a small detector
+that starts from nothing learns to tell the hues apart within minutes, the shapes alone it does not.
+The folder ``OUT`` gets ``annotations/instances_{train,val}.json`` and the images
+``{train,val}/000000.jpg`` onwards. Image ``i`` of a split is empty if ``i % 33 == 7``, else it also
+has a crowd region if ``i % 25 == 12``: a split of 25 images has at least one of each.
 
 The same arguments give the same bytes with the same NumPy and OpenCV, and asking for more images
 never changes the earlier ones. ``OUT/.unfinished.json`` exists only while a set is being made.
@@ -37,6 +39,7 @@ CROWD_LABEL = 255  # the other labels in a scene's owner map count its objects f
 MAX_HIDDEN = 0.25  # share of an object that later objects may hide
 MIN_VISIBLE = 16  # px
 MAX_TURN = np.pi / 12  # upright enough to be told apart at 10 px
+HUES, HUE_RANGE = 180, 24  # of OpenCV's hues, what there is and what one class has
 
 
 def _unit_polygons() -> list[Floats]:
@@ -104,7 +107,7 @@ class _Scene:
         for offset in offsets[np.linalg.norm(offsets / radius, axis=1) <= 1]:
             at = centre + offset + self.rng.uniform(-1.5, 1.5, 2)
             cover, box = self._shape(category, self.rng.uniform(4.5, 6.5), at)
-            colour = self._contrasting(box) if colour is None else colour
+            colour = self._contrasting(category, box) if colour is None else colour
             self._paint(cover, box, colour * self.rng.uniform(0.8, 1.1))
             members[box] |= cover > 0.5
         around = cv2.dilate(members.astype(np.uint8), np.ones((15, 15), np.uint8))
@@ -120,7 +123,7 @@ class _Scene:
                 centre = self.rng.uniform(reach, self.size - reach)
                 cover, box = self._shape(category, scale, centre)
                 if self._fits(cover > 0.5, box):
-                    self._paint(cover, box, self._contrasting(box))
+                    self._paint(cover, box, self._contrasting(category, box))
                     self.objects.append(category)
                     self.owner[box][cover > 0.5] = len(self.objects)
                     self.areas[len(self.objects)] = (cover > 0.5).sum()
@@ -159,9 +162,10 @@ class _Scene:
             return False
         return bool((left >= (1 - MAX_HIDDEN) * self.areas).all())
 
-    def _contrasting(self, box: Box) -> Floats:
-        """Draw a strong colour that stands out from what the picture has here."""
-        colours = _colours(self.rng, 24, (0, 110, 80), (180, 256, 256))
+    def _contrasting(self, category: int, box: Box) -> Floats:
+        """Draw a strong colour of the class that stands out from what the picture has here."""
+        hue = category * HUES // len(CLASSES)
+        colours = _colours(self.rng, 24, (hue, 110, 80), (hue + HUE_RANGE, 256, 256))
         step = max(1, (box[0].stop - box[0].start) // 12)
         pixels = self.image[box][::step, ::step].reshape(-1, 3)
         distance = np.linalg.norm(colours[:, None] - pixels, axis=2)
