@@ -5,6 +5,7 @@ from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
 
 from mmdet_odconv import ODConv2d
 from tests.conftest import ROOT
@@ -95,3 +96,15 @@ def test_data_roots_come_from_the_environment(monkeypatch, variable):
             assert config[loader].dataset.data_root == expected
         assert config.val_evaluator.ann_file.startswith(f'{expected}/annotations/')
         assert config.test_evaluator == config.val_evaluator
+
+
+@pytest.mark.parametrize('detector', ['retinanet', 'faster-rcnn', 'mask-rcnn'])
+def test_with_sgd_the_attentions_learn_at_a_tenth_of_the_rate(detector):
+    config = Config.fromfile(ROOT / f'configs/odconv/{detector}_od_r18.py')
+    model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+    full = config.optim_wrapper.optimizer.lr
+    for name, parameter in model.named_parameters():
+        expected = full / 10 if '.attention.' in name else full
+        assert rates[id(parameter)] == pytest.approx(expected), name
