@@ -17,6 +17,6 @@ model = dict(
 )
 
 train_dataloader = dict(batch_size=4)
-train_cfg = dict(max_epochs=10)
+train_cfg = dict(max_epochs=6, val_interval=1)
 param_scheduler = _base_.param_scheduler
-param_scheduler[1].update(end=10, milestones=[7, 9])
+param_scheduler[1].update(end=6, milestones=[4, 5])

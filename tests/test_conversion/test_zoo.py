@@ -33,7 +33,7 @@ def shrink(config):
         config.neck.in_channels = width // 4 if isinstance(width, int) else [c // 4 for c in width]
     if config.backbone.type in RESIDUAL:
         config.backbone.zero_init_residual = False  # which would let no gradient into the blocks
-    if 'norm_eval' in config.backbone:
+    if config.backbone.type in (*RESIDUAL, 'HRNet'):
         config.backbone.norm_eval = False  # whose statistics, in a new backbone, normalise nothing
     if 'num_queries' in config:
         config.num_queries = 20
