@@ -27,7 +27,7 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_venv.sh
 	touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .

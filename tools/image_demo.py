@@ -34,7 +34,8 @@ def main() -> None:
     images = cli.find_images(args.image)[: args.limit]
     config = cli.load_config(args.config, args.cfg_options)
     cli.require_file(args.checkpoint, 'checkpoint')
-    model = init_detector(config, args.checkpoint, device=args.device)
+    # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
+    model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})
     if args.fuse_conv_bn:
         fuse_odconv_bn(model)
     visualizer = VISUALIZERS.build(config.visualizer)

@@ -33,7 +33,7 @@ NECKS = {
 }
 HEADS = {
     'RetinaHead': dict(stacked_convs=2),
-    'ATSSHead': dict(stacked_convs=2),
+    'ATSSHead': dict(stacked_convs=2, norm_cfg=NORM),
     'FCOSHead': dict(stacked_convs=2, norm_cfg=NORM),
     'YOLOXHead': dict(stacked_convs=2),
     'RTMDetSepBNHead': dict(stacked_convs=2, norm_cfg=NORM),
