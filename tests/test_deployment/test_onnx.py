@@ -27,6 +27,7 @@ def detector(head=None):
     config.backbone.update(base_channels=8, kernel_num=2)
     config.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
     config.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
+    config.bbox_head.norm_cfg.num_groups = 4
     config.test_cfg.score_thr = 0.0
     if head:
         config.bbox_head = head
