@@ -1,6 +1,7 @@
 """Every rule of the conversion, on small models."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -410,12 +411,11 @@ def test_the_report():
     assert all(name in details for name, _ in report.kept)
 
 
-def test_a_converted_model_can_be_copied_converted_further_and_pickled(tmp_path):
+def test_a_converted_model_can_be_copied_converted_further_and_pickled():
     model = Net(ResNet(18, base_channels=8), RetinaHead(3, 8, feat_channels=8))
     convert_to_odconv(model)
     report = convert_to_odconv(model, include='cls_convs')
     assert len(report.converted) == 4
-    torch.save(copy.deepcopy(model), tmp_path / 'model.pth')
-    twin = torch.load(tmp_path / 'model.pth', weights_only=False)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(twin.eval()(x)[-1], model.eval()(x)[-1])
