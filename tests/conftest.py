@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import MessageHub
@@ -16,6 +18,8 @@ SHARED = ROOT.parent / 'shared' / 'data'
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 
