@@ -1,8 +1,9 @@
 """The maths of ODConv as pure functions of tensors: no module state, no parameters."""
 
 from .attention import Attentions, global_average_pool, sigmoid_attention, softmax_attention
-from .odconv import mix_kernel_bank, odconv
+from .odconv import odconv
 from .static_weight import bank_from_static_weight
+from .strategies.formula import mix_kernel_bank
 from .temperature import annealed_temperature
 
 __all__ = [

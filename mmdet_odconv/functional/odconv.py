@@ -5,14 +5,19 @@ Paper: Omni-Dimensional Dynamic Convolution, equation 3
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Attentions
+from .choice import BLOCK_BYTES, choose
+from .geometry import Geometry, resolve_geometry
+from .gradients import Needed
+from .mixture import column_scale_backward
+from .strategies import columns, formula, kernels, shared
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_BY_NAME: dict[str, Any] = {'kernels': kernels, 'columns': columns, 'shared': shared}
 
 
 def odconv(
@@ -24,10 +29,15 @@ def odconv(
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    strategy: str = 'auto',
 ) -> Tensor:
     """y = f ⊙ conv(c ⊙ x, Σ_j k_j · (s ⊙ W_j)) + bias, each sample with its own attentions.
 
     The number of spatial dimensions n is read off the bank: one, two and three are possible.
+
+    For the backward pass autograd keeps x, the bank and the attentions, and nothing else, but for
+    the strategy 'formula', which is also the one that compilers, exporters and a second
+    derivative get.
 
     Args:
         x (Tensor): Input, shape (B, C_in, *size) with n sizes. B may be 0.
@@ -35,60 +45,90 @@ def odconv(
         attentions (Attentions): c, f, s and k of each of the B samples.
         bias (Tensor, optional): Static bias, shape (C_out,).
         stride, padding, dilation, groups: As in ``torch.nn.functional.conv2d``.
+        strategy (str): How to compute it, the result being the same: 'auto' for the table of
+            rules in :mod:`~mmdet_odconv.functional.choice`, 'benchmark' for the fastest as
+            measured at the first call of each shape, or one of ``STRATEGIES``. Default: 'auto'.
 
     Returns:
-        Tensor: Shape (B, C_out, *output size), in the type that the convolution gives.
+        Tensor: Shape (B, C_out, *output size), in the type that the convolution gives: x's, or
+        autocast's.
+
+    Raises:
+        ValueError: The strategy is unknown, or cannot compute this: 'shared' with K > 1.
     """
-    ndim = bank.dim() - 3
-    conv = _CONV[ndim]
-    batch = x.shape[0]
-
-    x = x * _per_channel(attentions.channel, x)
-    kernels = mix_kernel_bank(bank, attentions.spatial, attentions.kernel)
-
-    if kernels.shape[0] == 1:
-        y = conv(x, kernels.flatten(0, 1), None, stride, padding, dilation, groups)
-    elif batch == 0:
-        # No grouped convolution has zero groups. The sum over no samples is a zero kernel of the
-        # right shape that keeps every parameter in the graph, as DDP needs.
-        y = conv(x, kernels.sum(0), None, stride, padding, dilation, groups)
+    x, geometry = resolve_geometry(x, bank.shape[3:], stride, padding, dilation, groups)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(device))
+    name = choose(strategy, x, bank, attentions, geometry)
+    if name == 'formula':
+        y = formula.forward(x, bank, attentions, geometry)
+    elif _needs_gradients(x, bank, *attentions):
+        y = _ODConv.apply(name, geometry, x, bank, *attentions)
     else:
-        # All samples at once: sample b is group b of a grouped convolution over one tall image.
-        tall = x.reshape(1, -1, *x.shape[2:])
-        y = conv(tall, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)
-        y = y.reshape(batch, -1, *y.shape[2:])
-
-    if attentions.filter is not None:
-        y = y * _per_channel(attentions.filter, y)
-    if bias is not None:
-        y = y + _per_channel(bias[None], y)
-    return y
+        with torch.autocast(device, enabled=False):
+            y = _BY_NAME[name].forward(x, bank, attentions, geometry, BLOCK_BYTES[name])
+    if bias is None:
+        return y
+    bias = bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.stride))
+    return y + bias if y.requires_grad else y.add_(bias)
 
 
-def mix_kernel_bank(bank: Tensor, spatial: Tensor | None, kernel: Tensor | None) -> Tensor:
-    """The kernel of each sample: Σ_j k_j · (s ⊙ W_j).
+class _ODConv(torch.autograd.Function):
+    """A strategy with its own backward pass, which makes again what it does not keep."""
 
-    s does not depend on j, so the sum is one matrix product and s scales its result.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        name: str,
+        geometry: Geometry,
+        x: Tensor,
+        bank: Tensor,
+        *attentions: Tensor | None,
+    ) -> Tensor:
+        ctx.name, ctx.geometry = name, geometry
+        ctx.save_for_backward(x, bank, *attentions)
+        with torch.autocast(x.device.type, enabled=False):
+            return _BY_NAME[name].forward(
+                x, bank, Attentions(*attentions), geometry, BLOCK_BYTES[name]
+            )
 
-    Args:
-        bank (Tensor): W, shape (K, C_out, C_in / groups, *kernel_size).
-        spatial (Tensor, optional): s, shape (B, kernel positions); None for 1.
-        kernel (Tensor, optional): k, shape (B, K); None for 1, only where K = 1.
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, bank, *rest = ctx.saved_tensors
+        attentions = Attentions(*rest)
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return None, None, *_differentiable_backward(ctx, grad, x, bank, attentions)
+            needed = Needed(*ctx.needs_input_grad[2:4], any(ctx.needs_input_grad[4:]))
+            grads = _BY_NAME[ctx.name].backward(
+                grad, x, bank, attentions, ctx.geometry, BLOCK_BYTES[ctx.name], needed
+            )
+        channel = spatial = None
+        if grads.columns is not None:
+            channel, spatial = column_scale_backward(grads.columns, attentions)
+        grad_bank = None if grads.bank is None else grads.bank.view(bank.shape)
+        return None, None, grads.x, grad_bank, channel, grads.filter, spatial, grads.kernel
 
-    Returns:
-        Tensor: Shape (B, C_out, C_in / groups, *kernel_size); the first dimension is 1 when
-        neither s nor k is given, since all samples then share one kernel.
-    """
-    kernels = bank
-    if kernel is not None:
-        mixed = torch.matmul(kernel.to(bank.dtype), bank.flatten(1))
-        kernels = mixed.reshape(-1, *bank.shape[1:])
-    if spatial is not None:
-        scale = spatial.to(kernels.dtype).reshape(-1, 1, 1, *bank.shape[3:])
-        kernels = kernels * scale
-    return kernels
+
+def _differentiable_backward(
+    ctx: Any, grad: Tensor, x: Tensor, bank: Tensor, attentions: Attentions
+) -> list[Tensor | None]:
+    """The gradients as functions of the inputs, for a second derivative: by the formula."""
+    inputs = (x, bank, *attentions)
+    wanted = [
+        tensor
+        for tensor, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True)
+        if tensor is not None and needed
+    ]
+    y = formula.forward(x, bank, attentions, ctx.geometry)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [
+        next(found) if tensor is not None and needed else None
+        for tensor, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True)
+    ]
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` (B, C) shaped to scale ``like`` (B, C, *size), in its type."""
-    return values.to(like.dtype).reshape(*values.shape, *(1,) * (like.dim() - 2))
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

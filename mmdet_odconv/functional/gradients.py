@@ -1,0 +1,55 @@
+"""What a strategy's backward pass is asked for, and what it returns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import Attentions
+
+
+class Needed(NamedTuple):
+    """Which gradients are wanted: of x, of the bank, and of any attention."""
+
+    x: bool
+    bank: bool
+    attentions: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of ``odconv``'s inputs; None for what is absent or not needed.
+
+    Attributes:
+        x (Tensor, optional): The shape of x.
+        bank (Tensor, optional): The bank as matrices, shape (K, C_out, columns).
+        columns (Tensor, optional): Of c ⊗ s, shape (B, groups, columns).
+        filter (Tensor, optional): Shape (B, C_out).
+        kernel (Tensor, optional): Shape (B, K).
+    """
+
+    x: Tensor | None
+    bank: Tensor | None
+    columns: Tensor | None
+    filter: Tensor | None
+    kernel: Tensor | None
+
+    @classmethod
+    def allocate(
+        cls, needed: Needed, x: Tensor, bank: Tensor, scale: Tensor, attentions: Attentions
+    ) -> 'Gradients':
+        """Memory for what is needed: zeros, but for the bank, of which every row is written.
+
+        Args:
+            needed (Needed): What is.
+            x, attentions: As in ``odconv``.
+            bank (Tensor): Shape (K, C_out, columns).
+            scale (Tensor): c ⊗ s, shape (B, groups, columns).
+        """
+        f, k = attentions.filter, attentions.kernel
+        return cls(
+            x=x.new_zeros(x.shape) if needed.x else None,
+            bank=torch.empty_like(bank) if needed.bank else None,
+            columns=torch.zeros_like(scale) if needed.attentions else None,
+            filter=torch.zeros_like(f) if needed.attentions and f is not None else None,
+            kernel=torch.zeros_like(k) if needed.attentions and k is not None else None,
+        )

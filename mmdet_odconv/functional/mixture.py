@@ -1,0 +1,95 @@
+"""The mixture of the kernel bank, Σ_j k_j · W_j, and the scales that the other attentions are.
+
+Paper: Omni-Dimensional Dynamic Convolution, equation 3
+(https://openreview.net/forum?id=DmpCfq6Mg39)
+
+A kernel is seen as a matrix here: a row for each output channel, a column for each pair of an
+input channel and a kernel position. The filter attention scales its rows; the channel and the
+spatial attention scale its columns. Neither depends on the index of the kernel, so the mixture is
+one matrix product, and they are applied to its result.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import Attentions
+
+
+def column_scale(attentions: Attentions, groups: int) -> Tensor:
+    """c ⊗ s, what scales the columns of the kernel matrix.
+
+    Args:
+        attentions (Attentions): c and s of B samples.
+        groups (int): Of the convolution.
+
+    Returns:
+        Tensor: Shape (B, groups, C_in / groups · kernel positions).
+    """
+    channel, spatial = attentions.channel, attentions.spatial
+    batch = channel.shape[0]
+    if spatial is not None:
+        channel = channel[:, :, None] * spatial[:, None, :]
+    return channel.reshape(batch, groups, -1)
+
+
+def column_scale_backward(
+    grad: Tensor, attentions: Attentions
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of c and s from that of :func:`column_scale`."""
+    channel, spatial = attentions.channel, attentions.spatial
+    grad = grad.reshape(*channel.shape, -1)
+    if spatial is None:
+        return grad[..., 0].to(channel.dtype), None
+    return (
+        (grad * spatial[:, None, :]).sum(2).to(channel.dtype),
+        (grad * channel[:, :, None]).sum(1).to(spatial.dtype),
+    )
+
+
+def mix_rows(bank: Tensor, kernel: Tensor | None, rows: slice, out: Tensor | None = None) -> Tensor:
+    """Some rows of each sample's kernel matrix: Σ_j k_j · W_j.
+
+    Args:
+        bank (Tensor): W, shape (K, C_out, columns).
+        kernel (Tensor, optional): k, shape (B, K); None for 1, only where K = 1.
+        rows (slice): Output channels.
+        out (Tensor, optional): Flat memory for B · rows · columns entries, to be used again.
+
+    Returns:
+        Tensor: Shape (B, rows, columns); (1, rows, columns) without ``kernel``.
+    """
+    part = bank[:, rows]
+    if kernel is None:
+        return part
+    flat = part.flatten(1)
+    if out is not None:
+        out = out[: len(kernel) * flat.shape[1]].view(len(kernel), -1)
+    mixed = torch.mm(kernel.to(bank.dtype), flat, out=out)
+    return mixed.view(-1, *part.shape[1:])
+
+
+def mix_rows_backward(
+    grad: Tensor,
+    bank: Tensor,
+    kernel: Tensor | None,
+    rows: slice,
+    grad_bank: Tensor | None,
+    grad_kernel: Tensor | None,
+) -> None:
+    """Gradients of :func:`mix_rows`: into these rows of ``grad_bank``, added to ``grad_kernel``.
+
+    Args:
+        grad (Tensor): Of the mixture, shape (B, rows, columns).
+        bank, kernel, rows: As in :func:`mix_rows`.
+        grad_bank (Tensor, optional): The shape of ``bank``; these rows are written.
+        grad_kernel (Tensor, optional): The shape of ``kernel``.
+    """
+    if kernel is None:
+        if grad_bank is not None:
+            torch.sum(grad, 0, out=grad_bank[0, rows])
+        return
+    flat = grad.flatten(1)
+    if grad_bank is not None:
+        torch.mm(kernel.to(bank.dtype).t(), flat, out=grad_bank[:, rows].flatten(1))
+    if grad_kernel is not None:
+        grad_kernel += flat @ bank[:, rows].flatten(1).t()
