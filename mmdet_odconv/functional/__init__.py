@@ -1,12 +1,14 @@
 """The maths of ODConv as pure functions of tensors: no module state, no parameters."""
 
 from .attention import Attentions, global_average_pool, sigmoid_attention, softmax_attention
+from .choice import STRATEGIES
 from .odconv import odconv
 from .static_weight import bank_from_static_weight
 from .strategies.formula import mix_kernel_bank
 from .temperature import annealed_temperature
 
 __all__ = [
+    'STRATEGIES',
     'Attentions',
     'annealed_temperature',
     'bank_from_static_weight',

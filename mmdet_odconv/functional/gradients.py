@@ -35,19 +35,19 @@ class Gradients(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, needed: Needed, x: Tensor, bank: Tensor, scale: Tensor, attentions: Attentions
+        cls, needed: Needed, bank: Tensor, scale: Tensor, attentions: Attentions
     ) -> 'Gradients':
-        """Memory for what is needed: zeros, but for the bank, of which every row is written.
+        """Memory for all but x: zeros, and for the bank, of which every row is written, anything.
 
         Args:
             needed (Needed): What is.
-            x, attentions: As in ``odconv``.
             bank (Tensor): Shape (K, C_out, columns).
             scale (Tensor): c ⊗ s, shape (B, groups, columns).
+            attentions (Attentions): Of the B samples.
         """
         f, k = attentions.filter, attentions.kernel
         return cls(
-            x=x.new_zeros(x.shape) if needed.x else None,
+            x=None,
             bank=torch.empty_like(bank) if needed.bank else None,
             columns=torch.zeros_like(scale) if needed.attentions else None,
             filter=torch.zeros_like(f) if needed.attentions and f is not None else None,

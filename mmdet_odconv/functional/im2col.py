@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,14 +42,13 @@ def windows_backward(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     kernel_size, size = grad.shape[2 : 2 + ndim], grad.shape[2 + ndim :]
     sizes = [n + 2 * p for n, p in zip(x.shape[2:], geometry.padding, strict=True)]
     padded = grad.new_zeros(*x.shape[:2], *sizes)
+    every: Any = slice(None)
     for position in itertools.product(*map(range, kernel_size)):
         starts = [i * d for i, d in zip(position, geometry.dilation, strict=True)]
-        region = tuple(
+        region: list[Any] = [
             slice(start, start + s * (n - 1) + 1, s)
             for start, s, n in zip(starts, geometry.stride, size, strict=True)
-        )
-        padded[(..., *region)] += grad[(slice(None), slice(None), *position)]
-    inner = tuple(
-        slice(p, p + n) for p, n in zip(geometry.padding, x.shape[2:], strict=True)
-    )
-    return padded[(..., *inner)]
+        ]
+        padded[(every, every, *region)] += grad[(every, every, *position)]
+    inner: list[Any] = [slice(p, p + n) for p, n in zip(geometry.padding, x.shape[2:], strict=True)]
+    return padded[(every, every, *inner)]

@@ -32,9 +32,7 @@ def column_scale(attentions: Attentions, groups: int) -> Tensor:
     return channel.reshape(batch, groups, -1)
 
 
-def column_scale_backward(
-    grad: Tensor, attentions: Attentions
-) -> tuple[Tensor, Tensor | None]:
+def column_scale_backward(grad: Tensor, attentions: Attentions) -> tuple[Tensor, Tensor | None]:
     """Gradients of c and s from that of :func:`column_scale`."""
     channel, spatial = attentions.channel, attentions.spatial
     grad = grad.reshape(*channel.shape, -1)

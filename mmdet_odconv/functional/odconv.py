@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions
-from .choice import BLOCK_BYTES, choose
+from .choice import BLOCK_BYTES, STRATEGIES, choose, fastest
 from .geometry import Geometry, resolve_geometry
 from .gradients import Needed
 from .mixture import column_scale_backward
@@ -62,17 +62,48 @@ def odconv(
     if autocast and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(device))
     name = choose(strategy, x, bank, attentions, geometry)
-    if name == 'formula':
-        y = formula.forward(x, bank, attentions, geometry)
-    elif _needs_gradients(x, bank, *attentions):
-        y = _ODConv.apply(name, geometry, x, bank, *attentions)
-    else:
-        with torch.autocast(device, enabled=False):
-            y = _BY_NAME[name].forward(x, bank, attentions, geometry, BLOCK_BYTES[name])
+    if name == 'benchmark':
+        name = _measured_choice(x, bank, attentions, geometry)
+    y = _compute(name, x, bank, attentions, geometry)
     if bias is None:
         return y
     bias = bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.stride))
-    return y + bias if y.requires_grad else y.add_(bias)
+    return y + bias if name == 'formula' or y.requires_grad else y.add_(bias)
+
+
+def _compute(
+    name: str, x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry
+) -> Tensor:
+    """The convolution by the strategy ``name``, without its bias."""
+    if name == 'formula':
+        return formula.forward(x, bank, attentions, geometry)
+    if _needs_gradients(x, bank, *attentions):
+        return _ODConv.apply(name, geometry, x, bank, *attentions)
+    with torch.autocast(x.device.type, enabled=False):
+        return _BY_NAME[name].forward(x, bank, attentions, geometry, BLOCK_BYTES[name])
+
+
+def _measured_choice(x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry) -> str:
+    """The fastest strategy for this shape, with the backward pass where there will be one."""
+    inputs = (x, bank, *attentions)
+    training = _needs_gradients(*inputs)
+    needed = tuple(t is not None and t.requires_grad for t in inputs) if training else ()
+    key = (x.shape, bank.shape, x.dtype, bank.dtype, x.device, geometry, needed)
+    candidates = [n for n in STRATEGIES if n != 'shared' or attentions.kernel is None]
+
+    def run(name: str) -> None:
+        # Copies, so that no hook of the caller's tensors runs and no gradient reaches them.
+        copies: list[Any] = [
+            None if t is None else t.detach().requires_grad_(training and t.requires_grad)
+            for t in inputs
+        ]
+        with torch.set_grad_enabled(training):
+            y = _compute(name, copies[0], copies[1], Attentions(*copies[2:]), geometry)
+            if training:
+                leaves = [t for t in copies if t is not None and t.requires_grad]
+                torch.autograd.grad(y.sum(), leaves)
+
+    return fastest(candidates, run, key, x.device.type)
 
 
 class _ODConv(torch.autograd.Function):
@@ -85,7 +116,7 @@ class _ODConv(torch.autograd.Function):
         geometry: Geometry,
         x: Tensor,
         bank: Tensor,
-        *attentions: Tensor | None,
+        *attentions: Any,
     ) -> Tensor:
         ctx.name, ctx.geometry = name, geometry
         ctx.save_for_backward(x, bank, *attentions)
@@ -95,13 +126,14 @@ class _ODConv(torch.autograd.Function):
             )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, bank, *rest = ctx.saved_tensors
         attentions = Attentions(*rest)
+        x_needed, bank_needed, *others_needed = ctx.needs_input_grad[2:]
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
                 return None, None, *_differentiable_backward(ctx, grad, x, bank, attentions)
-            needed = Needed(*ctx.needs_input_grad[2:4], any(ctx.needs_input_grad[4:]))
+            needed = Needed(x_needed, bank_needed, any(others_needed))
             grads = _BY_NAME[ctx.name].backward(
                 grad, x, bank, attentions, ctx.geometry, BLOCK_BYTES[ctx.name], needed
             )

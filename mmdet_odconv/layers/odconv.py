@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..functional import bank_from_static_weight, odconv
+from ..functional import STRATEGIES, bank_from_static_weight, odconv
 from .attention import ODConvAttention
 
 
@@ -50,6 +50,8 @@ class _ODConvNd(nn.Module):
         attention_init (str): 'zero' or 'published'
             (:meth:`ODConvAttention.reset_parameters`). Default: 'zero'.
         attention_bias (float): Bias of the sigmoid heads at the 'zero' init. Default: 2.2.
+        strategy (str): How the convolution is computed, the result being the same: 'auto',
+            'benchmark' or a name (:func:`~mmdet_odconv.functional.odconv`). Default: 'auto'.
 
     Shape:
         Input (B, C_in, *size) or (C_in, *size), output (B, C_out, *size') or (C_out, *size'),
@@ -87,6 +89,7 @@ class _ODConvNd(nn.Module):
         norm_cfg: dict[str, Any] | None = dict(type='BN'),  # noqa: B006  mmdet's idiom
         attention_init: str = 'zero',
         attention_bias: float = 2.2,
+        strategy: str = 'auto',
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -100,6 +103,7 @@ class _ODConvNd(nn.Module):
         self.groups = groups
         self.padding_mode = padding_mode
         self.kernel_num = kernel_num
+        self.strategy = strategy
         self._check_arguments()
 
         # Before the bank, whose size it checks.
@@ -194,6 +198,7 @@ class _ODConvNd(nn.Module):
             padding,
             self.dilation,
             self.groups,
+            self.strategy,
         )
 
     def extra_repr(self) -> str:
@@ -283,6 +288,15 @@ class _ODConvNd(nn.Module):
                 raise ValueError(f"padding must be 'same', 'valid' or int(s), got {self.padding!r}")
             if self.padding == 'same' and any(s != 1 for s in self.stride):
                 raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
+        if self.strategy not in (*STRATEGIES, 'auto', 'benchmark'):
+            raise ValueError(
+                f"strategy must be 'auto', 'benchmark' or one of {STRATEGIES}, "
+                f'got {self.strategy!r}'
+            )
+        if self.strategy == 'shared' and self.kernel_num > 1:
+            raise ValueError(
+                f"strategy 'shared' needs a bank of one kernel, got kernel_num={self.kernel_num}"
+            )
         modes = ('zeros', 'reflect', 'replicate', 'circular')
         if self.padding_mode not in modes:
             raise ValueError(f'padding_mode must be one of {modes}, got {self.padding_mode!r}')

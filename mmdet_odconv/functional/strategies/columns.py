@@ -69,7 +69,7 @@ def backward(
     scale = column_scale(attentions, geometry.groups)
     columns = scaled_columns(seen, scale)
     grad = grad.flatten(2)
-    grads = Gradients.allocate(needed, x, matrices, scale, attentions)
+    grads = Gradients.allocate(needed, matrices, scale, attentions)
     grad_columns = torch.zeros_like(columns) if needed.x or needed.attentions else None
     blocks, memory = _blocks(x, matrices, geometry, block_bytes)
     for block in blocks:

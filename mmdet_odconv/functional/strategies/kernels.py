@@ -5,6 +5,7 @@ The kernels are made some output channels at a time, so that they stay in the ca
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,9 @@ def backward(
     blocks = _blocks(x, matrices, geometry, block_bytes)
     scale = column_scale(attentions, geometry.groups)
     memory = _memory(x.shape[0], matrices, blocks)
-    grads = Gradients.allocate(needed, x, matrices, scale, attentions)
+    grads = Gradients.allocate(needed, matrices, scale, attentions)
     kernel_needed = needed.bank or needed.attentions
+    total_x: Tensor | None = None
     for block in blocks:
         mixed = _grouped(mix_rows(matrices, attentions.kernel, block.outputs, memory), block)
         kernels = _fold(mixed, scale, attentions, block, torch.mul)
@@ -83,12 +85,12 @@ def backward(
             grad, x, kernels.to(x.dtype), kernel_size, geometry, block, needed.x, kernel_needed
         )
         del kernels
-        if grads.x is not None:
-            if len(blocks) == 1:
-                grads = grads._replace(x=grad_x)
-            else:
-                grads.x[:, block.inputs] += grad_x
-        if not kernel_needed:
+        if len(blocks) == 1:
+            total_x = grad_x
+        elif grad_x is not None:
+            total_x = x.new_zeros(x.shape) if total_x is None else total_x
+            total_x[:, block.inputs].add_(grad_x)
+        if grad_kernels is None:
             continue
         grad_kernels = grad_kernels.to(mixed.dtype).view(-1, *mixed.shape[1:])
         if grads.columns is not None:
@@ -97,7 +99,7 @@ def backward(
         mix_rows_backward(
             grad_mixed, matrices, attentions.kernel, block.outputs, grads.bank, grads.kernel
         )
-    return grads
+    return grads._replace(x=total_x)
 
 
 def _blocks(x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int) -> list[Block]:
@@ -120,7 +122,13 @@ def _grouped(kernels: Tensor, block: Block) -> Tensor:
     return kernels.unflatten(1, (groups, -1))
 
 
-def _fold(kernels: Tensor, scale: Tensor, attentions: Attentions, block: Block, multiply) -> Tensor:
+def _fold(
+    kernels: Tensor,
+    scale: Tensor,
+    attentions: Attentions,
+    block: Block,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
     """``kernels`` scaled by c ⊗ s and f, by ``multiply``: in place or not."""
     kernels = multiply(kernels, scale[:, block.groups, None].to(kernels.dtype))
     if attentions.filter is not None:
