@@ -33,7 +33,7 @@ def forward(
     ndim = bank.dim() - 3
     seen = windows(x, bank.shape[3:], geometry)
     columns = _side_by_side(seen, column_scale(attentions, geometry.groups))
-    products = torch.bmm(_per_group(bank, geometry), columns)
+    products = torch.bmm(_per_group(bank, geometry).to(x.dtype), columns)
     y = x.new_empty(x.shape[0], bank.shape[1], *seen.shape[2 + ndim :])
     products = _by_sample(products, y.flatten(2))
     if attentions.filter is None:
@@ -62,7 +62,7 @@ def backward(
     seen = windows(x, bank.shape[3:], geometry)
     scale = column_scale(attentions, geometry.groups)
     columns = _side_by_side(seen, scale)
-    matrices = _per_group(bank, geometry)
+    matrices = _per_group(bank, geometry).to(x.dtype)
     grad = grad.flatten(2)
     # The layout of a product with `columns`.
     grad_products = grad.new_empty(grad.shape[1], grad.shape[0], grad.shape[2])

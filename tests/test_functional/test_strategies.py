@@ -1,0 +1,215 @@
+"""All strategies compute the same function, and none keeps or makes what it need not."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet
+from mmdet_odconv.functional import STRATEGIES, Attentions, choice, odconv
+
+DTYPE = torch.float64
+FAST = [name for name in STRATEGIES if name != 'formula']
+OPTIONS = {
+    'plain': {},
+    'point': dict(kernel=1, padding=0),
+    'point_stride': dict(kernel=1, padding=0, stride=2),
+    'point_groups': dict(kernel=1, padding=0, groups=2),
+    'stride': dict(stride=2),
+    'dilation': dict(dilation=2),
+    'groups': dict(groups=2),
+    'depthwise': dict(groups=4, out_channels=4),
+    'depthwise_stride': dict(groups=4, out_channels=4, stride=2),
+    'same_even': dict(kernel=2, padding='same'),
+    'valid': dict(padding='valid'),
+    'no_padding': dict(padding=0),
+    'large_kernel': dict(kernel=5, padding=2),
+    'one_sample': dict(batch=1),
+}
+
+
+def problem(ndim=2, kernel_num=3, kernel=3, out_channels=6, batch=3, groups=1, dtype=DTYPE):
+    """Inputs of ``odconv``: x, bank and the four attentions."""
+    c_in, positions = 4, kernel**ndim
+    draw = lambda *shape: torch.rand(*shape, dtype=dtype)  # noqa: E731
+    attentions = Attentions(
+        draw(batch, c_in),
+        None if groups == c_in == out_channels else draw(batch, out_channels),
+        None if positions == 1 else draw(batch, positions),
+        None if kernel_num == 1 else draw(batch, kernel_num),
+    )
+    x = torch.randn(batch, c_in, *(6, 7, 5)[:ndim], dtype=dtype)
+    bank = torch.randn(kernel_num, out_channels, c_in // groups, *(kernel,) * ndim, dtype=dtype)
+    return x, bank, attentions
+
+
+def outputs_and_gradients(x, bank, attentions, **options):
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, bank, *attentions)]
+    y = odconv(leaves[0], leaves[1], Attentions(*leaves[2:]), **options)
+    y.backward(torch.arange(y.numel()).double().cos().to(y.dtype).view(y.shape))
+    return [y.detach(), *[t.grad for t in leaves if t is not None]]
+
+
+def given(option, ndim, kernel_num):
+    args = dict(padding=1) | OPTIONS[option]
+    call = {n: args[n] for n in ('stride', 'padding', 'dilation', 'groups') if n in args}
+    sizes = {n: args[n] for n in ('kernel', 'out_channels', 'batch', 'groups') if n in args}
+    return problem(ndim, kernel_num, **sizes), call
+
+
+@pytest.mark.parametrize('name', [*FAST, 'auto', 'benchmark'])
+@pytest.mark.parametrize('option', OPTIONS)
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+@pytest.mark.parametrize('blocks', ['one', 'many'])
+def test_equals_the_formula(monkeypatch, name, option, ndim, blocks):
+    if blocks == 'many':
+        monkeypatch.setattr(choice, 'BLOCK_BYTES', choice.BLOCK_BYTES)
+        for strategy in FAST:
+            monkeypatch.setitem(choice.BLOCK_BYTES, strategy, 1000)
+    for kernel_num in (1,) if name == 'shared' else (1, 3):
+        inputs, call = given(option, ndim, kernel_num)
+        expected = outputs_and_gradients(*inputs, **call, strategy='formula')
+        actual = outputs_and_gradients(*inputs, **call, strategy=name)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            y = odconv(*inputs, **call, strategy=name)
+        torch.testing.assert_close(y, expected[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', FAST)
+def test_zero_attentions_have_gradients(name):
+    x, bank, attentions = problem(kernel_num=1)
+    zeros = Attentions(*[None if a is None else torch.zeros_like(a) for a in attentions])
+    expected = outputs_and_gradients(x, bank, zeros, padding=1, strategy='formula')
+    torch.testing.assert_close(
+        outputs_and_gradients(x, bank, zeros, padding=1, strategy=name), expected
+    )
+
+
+@pytest.mark.parametrize('name', FAST)
+@pytest.mark.parametrize('memory', ['channels_last', 'every_second'])
+def test_takes_any_memory_layout(name, memory):
+    x, bank, attentions = problem(kernel_num=1)
+    expected = odconv(x, bank, attentions, padding=1, strategy='formula')
+    if memory == 'channels_last':
+        x = x.contiguous(memory_format=torch.channels_last)
+    else:
+        x = torch.stack([x, -x], dim=-1)[..., 0]
+    torch.testing.assert_close(odconv(x, bank, attentions, padding=1, strategy=name), expected)
+
+
+@pytest.mark.parametrize('name', FAST)
+@pytest.mark.parametrize('wanted', list(itertools.product([True, False], repeat=3)))
+def test_computes_the_gradients_that_are_wanted(name, wanted):
+    x, bank, attentions = problem(kernel_num=1)
+    flags = (wanted[0], wanted[1], *(wanted[2],) * 4)
+    results = []
+    for strategy in ('formula', name):
+        leaves = [
+            None if t is None else t.clone().requires_grad_(flag)
+            for t, flag in zip((x, bank, *attentions), flags, strict=True)
+        ]
+        y = odconv(leaves[0], leaves[1], Attentions(*leaves[2:]), padding=1, strategy=strategy)
+        if any(wanted):
+            y.square().sum().backward()
+        results.append([None if t is None else t.grad for t in leaves])
+    for actual, expected in zip(*results, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('name', FAST)
+def test_second_derivatives(name):
+    x, bank, attentions = problem(kernel_num=1, kernel=1, batch=2)
+    inputs = [t for t in (x[..., :2, :2], bank, *attentions) if t is not None]
+
+    def function(x, bank, channel, filter_):
+        return odconv(x, bank, Attentions(channel, filter_), strategy=name)
+
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize('name', FAST)
+def test_autocast_gives_what_a_convolution_gives(name):
+    x, bank, attentions = problem(kernel_num=1, dtype=torch.float32)
+    expected = outputs_and_gradients(x, bank, attentions, padding=1, strategy='formula')
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        actual = outputs_and_gradients(x, bank, attentions, padding=1, strategy=name)
+    assert actual[0].dtype == torch.bfloat16
+    for low, full in zip(actual, expected, strict=True):
+        error = (low.float() - full).abs().max() / full.abs().max()
+        assert error < 0.03
+
+
+def test_an_unknown_strategy_is_named():
+    with pytest.raises(ValueError, match=r"one of .*'kernels'.* got 'fastest'"):
+        odconv(*problem(), strategy='fastest')
+    with pytest.raises(ValueError, match="got 'fastest'"):
+        ODConv2d(4, 4, 3, strategy='fastest')
+
+
+def test_shared_refuses_a_bank_of_several_kernels():
+    with pytest.raises(ValueError, match='kernel_num=3'):
+        odconv(*problem(kernel_num=3), strategy='shared')
+    with pytest.raises(ValueError, match='kernel_num=4'):
+        ODConv2d(4, 4, 3, strategy='shared')
+
+
+def saved_bytes(network, x):
+    """Bytes of the storages that autograd keeps for the backward pass, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = network(x)
+    assert outputs[0].requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize('kernel_num', [1, 4])
+@pytest.mark.parametrize('backbone', ['resnet', 'mobilenet'])
+def test_keeps_hardly_more_than_plain_convolutions(kernel_num, backbone):
+    from mmdet.models.backbones import MobileNetV2, ResNet
+
+    if backbone == 'resnet':
+        plain = ResNet(50, norm_eval=False)
+        dynamic = ODResNet(50, norm_eval=False, kernel_num=kernel_num)
+    else:
+        plain, dynamic = MobileNetV2(), ODMobileNetV2(kernel_num=kernel_num)
+    x = torch.randn(2, 3, 192, 192)
+    assert saved_bytes(dynamic, x) <= 1.03 * saved_bytes(plain, x)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most entries of any tensor that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.entries = max(self.entries, value.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize('name', [*STRATEGIES, 'auto'])
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_no_kernel_of_the_bank_is_copied_for_each_sample(name, kernel):
+    batch, kernel_num, channels = 8, 1 if name == 'shared' else 4, 64
+    layer = ODConv2d(
+        channels, channels, kernel, padding=kernel // 2, kernel_num=kernel_num, strategy=name
+    )
+    x = torch.randn(batch, channels, 4, 4, requires_grad=True)
+    with LargestTensor() as largest:
+        layer(x).sum().backward()
+    assert largest.entries < batch * max(kernel_num, 2) * channels * channels * kernel**2
