@@ -14,8 +14,9 @@ from .geometry import Geometry
 
 STRATEGIES = ('formula', 'kernels', 'columns', 'shared')
 
-# Memory of the per-sample kernels that are made at a time; larger ones leave the cache.
-BLOCK_BYTES = {'kernels': 16 << 20, 'columns': 4 << 20, 'shared': 0}
+# Memory of the per-sample kernels that are made at a time; larger ones leave the cache, and from
+# 32 MiB on the C library's allocator takes fresh pages from the system at every call.
+BLOCK_BYTES = {'kernels': 24 << 20, 'columns': 4 << 20, 'shared': 0}
 
 
 class Work(NamedTuple):

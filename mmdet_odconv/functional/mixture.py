@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions
+from .workspace import workspace
 
 
 def column_scale(attentions: Attentions, groups: int) -> Tensor:
@@ -44,25 +45,24 @@ def column_scale_backward(grad: Tensor, attentions: Attentions) -> tuple[Tensor,
     )
 
 
-def mix_rows(bank: Tensor, kernel: Tensor | None, rows: slice, out: Tensor | None = None) -> Tensor:
+def mix_rows(bank: Tensor, kernel: Tensor | None, rows: slice) -> Tensor:
     """Some rows of each sample's kernel matrix: Σ_j k_j · W_j.
 
     Args:
         bank (Tensor): W, shape (K, C_out, columns).
         kernel (Tensor, optional): k, shape (B, K); None for 1, only where K = 1.
         rows (slice): Output channels.
-        out (Tensor, optional): Flat memory for B · rows · columns entries, to be used again.
 
     Returns:
-        Tensor: Shape (B, rows, columns); (1, rows, columns) without ``kernel``.
+        Tensor: Shape (B, rows, columns), until the next call; without ``kernel`` the rows of the
+        bank itself, shape (1, rows, columns).
     """
     part = bank[:, rows]
     if kernel is None:
         return part
     flat = part.flatten(1)
-    if out is not None:
-        out = out[: len(kernel) * flat.shape[1]].view(len(kernel), -1)
-    mixed = torch.mm(kernel.to(bank.dtype), flat, out=out)
+    mixed = workspace('mixture', (len(kernel), flat.shape[1]), bank)
+    torch.mm(kernel.to(bank.dtype), flat, out=mixed)
     return mixed.view(-1, *part.shape[1:])
 
 

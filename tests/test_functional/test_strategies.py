@@ -198,7 +198,7 @@ class LargestTensor(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, torch.Tensor):
-                self.entries = max(self.entries, value.untyped_storage().nbytes() // 4)
+                self.entries = max(self.entries, value.numel())
         return result
 
 

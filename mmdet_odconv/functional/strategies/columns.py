@@ -14,6 +14,7 @@ from ..geometry import Block, Geometry, output_blocks
 from ..gradients import Gradients, Needed
 from ..im2col import windows, windows_backward
 from ..mixture import column_scale, mix_rows, mix_rows_backward
+from ..workspace import workspace
 
 
 def forward(
@@ -36,10 +37,10 @@ def forward(
     scale = column_scale(attentions, geometry.groups)
     columns = scaled_columns(seen, scale)
     y = x.new_empty(x.shape[0], bank.shape[1], columns.shape[-1])
-    blocks, memory = _blocks(x, matrices, geometry, block_bytes)
+    blocks = _blocks(x, matrices, geometry, block_bytes)
     for block in blocks:
         rows = block.outputs
-        mixed = mix_rows(matrices, attentions.kernel, rows, memory).to(x.dtype)
+        mixed = mix_rows(matrices, attentions.kernel, rows).to(x.dtype)
         part = torch.matmul(mixed, columns[:, block.groups.start])
         if attentions.filter is None:
             y[:, rows] = part
@@ -71,17 +72,18 @@ def backward(
     grad = grad.flatten(2)
     grads = Gradients.allocate(needed, matrices, scale, attentions)
     grad_columns = torch.zeros_like(columns) if needed.x or needed.attentions else None
-    blocks, memory = _blocks(x, matrices, geometry, block_bytes)
+    blocks = _blocks(x, matrices, geometry, block_bytes)
     for block in blocks:
         rows, group = block.outputs, block.groups.start
-        mixed = mix_rows(matrices, attentions.kernel, rows, memory)
+        mixed = mix_rows(matrices, attentions.kernel, rows)
         f = None if attentions.filter is None else attentions.filter[:, rows, None]
         grad_rows = grad[:, rows]
         if needed.bank or needed.attentions:
             # The gradient of the mixture, but for f.
-            grad_mixed = torch.bmm(grad_rows, columns[:, group].mT).to(mixed.dtype)
+            grad_mixed = _product('gradient', grad_rows, columns[:, group].mT).to(mixed.dtype)
             if grads.filter is not None:
-                grads.filter[:, rows] = (grad_mixed * mixed).sum(2)
+                product = workspace('product', grad_mixed.shape, grad_mixed)
+                grads.filter[:, rows] = torch.mul(grad_mixed, mixed, out=product).sum(2)
             if f is not None:
                 grad_mixed *= f.to(grad_mixed.dtype)
             mix_rows_backward(
@@ -128,18 +130,21 @@ def columns_backward(
     return windows_backward(grad.view(seen.shape), x, geometry), grad_scale
 
 
+def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """Products of matrices (B, n, m) and (B, m, p), in the workspace ``name``."""
+    out = workspace(name, (a.shape[0], a.shape[1], b.shape[2]), a)
+    return torch.bmm(a, b, out=out)
+
+
 def per_window(scale: Tensor, seen: Tensor) -> Tensor:
     """``scale`` shaped to multiply the windows ``seen``."""
     ndim = seen.dim() // 2 - 1
     return scale.reshape(*seen.shape[: 2 + ndim], *(1,) * ndim)
 
 
-def _blocks(
-    x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int
-) -> tuple[list[Block], Tensor]:
-    """Blocks of output channels, none of several groups, and room for the mixture of any."""
+def _blocks(x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int) -> list[Block]:
+    """Blocks of output channels, none of several groups."""
     batch, out_channels, columns = x.shape[0], *matrices.shape[1:]
     rows = max(1, block_bytes // (batch * columns * matrices.element_size()))
     rows = min(rows, out_channels // geometry.groups)
-    blocks = output_blocks(x.shape[1], out_channels, geometry.groups, rows)
-    return list(blocks), matrices.new_empty(batch * rows * columns)
+    return list(output_blocks(x.shape[1], out_channels, geometry.groups, rows))

@@ -5,7 +5,6 @@ The kernels are made some output channels at a time, so that they stay in the ca
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from ..attention import Attentions
 from ..geometry import Block, Geometry, output_blocks
 from ..gradients import Gradients, Needed
 from ..mixture import column_scale, mix_rows, mix_rows_backward
+from ..workspace import workspace
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -37,18 +37,23 @@ def forward(
     matrices, kernel_size = bank.flatten(2), bank.shape[3:]
     blocks = _blocks(x, matrices, geometry, block_bytes)
     scale = column_scale(attentions, geometry.groups)
-    memory = _memory(x.shape[0], matrices, blocks)
+    size = geometry.output_size(x.shape[2:], kernel_size)
+    inner, outer = attentions, None
+    if attentions.filter is not None and math.prod(size) < matrices.shape[2]:
+        # The output is smaller than the kernels: f scales it instead.
+        inner = attentions._replace(filter=None)
+        outer = attentions.filter[(..., *(None,) * len(size))]
 
     def block_output(block: Block) -> Tensor:
-        mixed = mix_rows(matrices, attentions.kernel, block.outputs, memory)
+        mixed = mix_rows(matrices, attentions.kernel, block.outputs)
         # A mixture is ours to overwrite; without one, the rows are those of the bank itself.
-        fold = torch.mul if attentions.kernel is None else Tensor.mul_
-        kernels = _fold(_grouped(mixed, block), scale, attentions, block, fold)
-        return _convolve(x, kernels.to(x.dtype), kernel_size, geometry, block)
+        in_place = attentions.kernel is not None
+        kernels = _fold(_grouped(mixed, block), scale, inner, block, in_place)
+        y = _convolve(x, kernels.to(x.dtype), kernel_size, geometry, block)
+        return y if outer is None else y.mul_(outer[:, block.outputs].to(y.dtype))
 
     if len(blocks) == 1:
         return block_output(blocks[0])
-    size = geometry.output_size(x.shape[2:], kernel_size)
     y = x.new_empty(x.shape[0], bank.shape[1], *size)
     for block in blocks:
         y[:, block.outputs] = block_output(block)
@@ -74,17 +79,15 @@ def backward(
     matrices, kernel_size = bank.flatten(2), bank.shape[3:]
     blocks = _blocks(x, matrices, geometry, block_bytes)
     scale = column_scale(attentions, geometry.groups)
-    memory = _memory(x.shape[0], matrices, blocks)
     grads = Gradients.allocate(needed, matrices, scale, attentions)
     kernel_needed = needed.bank or needed.attentions
     total_x: Tensor | None = None
     for block in blocks:
-        mixed = _grouped(mix_rows(matrices, attentions.kernel, block.outputs, memory), block)
-        kernels = _fold(mixed, scale, attentions, block, torch.mul)
+        mixed = _grouped(mix_rows(matrices, attentions.kernel, block.outputs), block)
+        kernels = _fold(mixed, scale, attentions, block, in_place=False)
         grad_x, grad_kernels = _convolve_backward(
             grad, x, kernels.to(x.dtype), kernel_size, geometry, block, needed.x, kernel_needed
         )
-        del kernels
         if len(blocks) == 1:
             total_x = grad_x
         elif grad_x is not None:
@@ -94,8 +97,10 @@ def backward(
             continue
         grad_kernels = grad_kernels.to(mixed.dtype).view(-1, *mixed.shape[1:])
         if grads.columns is not None:
-            _scales_backward(grad_kernels * mixed, scale, attentions, block, grads)
-        grad_mixed = _fold(grad_kernels, scale, attentions, block, Tensor.mul_).flatten(1, 2)
+            product = workspace('product', grad_kernels.shape, grad_kernels)
+            torch.mul(grad_kernels, mixed, out=product)
+            _scales_backward(product, scale, attentions, block, grads)
+        grad_mixed = _fold(grad_kernels, scale, attentions, block, in_place=True).flatten(1, 2)
         mix_rows_backward(
             grad_mixed, matrices, attentions.kernel, block.outputs, grads.bank, grads.kernel
         )
@@ -108,14 +113,6 @@ def _blocks(x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int) -
     return list(output_blocks(x.shape[1], matrices.shape[1], geometry.groups, rows))
 
 
-def _memory(batch: int, matrices: Tensor, blocks: list[Block]) -> Tensor | None:
-    """Room for the mixture of any block, where there are several."""
-    if len(blocks) == 1:
-        return None
-    rows = max(block.outputs.stop - block.outputs.start for block in blocks)
-    return matrices.new_empty(batch * rows * matrices.shape[2])
-
-
 def _grouped(kernels: Tensor, block: Block) -> Tensor:
     """(B, rows, columns) to (B, groups, rows / groups, columns)."""
     groups = block.groups.stop - block.groups.start
@@ -123,14 +120,13 @@ def _grouped(kernels: Tensor, block: Block) -> Tensor:
 
 
 def _fold(
-    kernels: Tensor,
-    scale: Tensor,
-    attentions: Attentions,
-    block: Block,
-    multiply: Callable[[Tensor, Tensor], Tensor],
+    kernels: Tensor, scale: Tensor, attentions: Attentions, block: Block, in_place: bool
 ) -> Tensor:
-    """``kernels`` scaled by c ⊗ s and f, by ``multiply``: in place or not."""
-    kernels = multiply(kernels, scale[:, block.groups, None].to(kernels.dtype))
+    """``kernels`` (B or 1, groups, rows / groups, columns) scaled by c ⊗ s and f."""
+    scale = scale[:, block.groups, None].to(kernels.dtype)
+    shape = (scale.shape[0], *kernels.shape[1:])
+    out = kernels if in_place else workspace('kernels', shape, kernels)
+    kernels = torch.mul(kernels, scale, out=out)
     if attentions.filter is not None:
         kernels *= _row_scale(attentions.filter, block).to(kernels.dtype)
     return kernels
