@@ -1,5 +1,4 @@
 import pytest
-import torch
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
@@ -9,6 +8,7 @@ from mmengine.optim import build_optim_wrapper
 
 from mmdet_odconv import ODConv2d
 from tests.conftest import ROOT
+from tests.predictions import predict
 
 CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
 DETECTORS = [p for p in CONFIGS if p.parent.name != '_base_']
@@ -40,10 +40,7 @@ def test_a_config_builds_a_detector_that_trains_and_predicts(path):
     assert losses.isfinite()
     assert all(p.grad is not None for p in model.backbone.parameters() if p.requires_grad)
 
-    model.eval()
-    with torch.no_grad():
-        data = model.data_preprocessor(batch, training=False)
-        results = model(**data, mode='predict')
+    results = predict(model.eval(), batch)
     assert [hasattr(r.pred_instances, 'masks') for r in results] == ['mask' in path.stem] * 2
 
 

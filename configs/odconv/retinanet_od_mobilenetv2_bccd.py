@@ -7,8 +7,6 @@ _base_ = [
     '../_base_/runtime_small.py',
 ]
 
-custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
-
 model = dict(
     backbone=dict(_delete_=True, type='ODMobileNetV2', widen_factor=0.5, out_indices=(1, 2, 4, 7)),
     neck=dict(in_channels=[16, 16, 48, 1280]),

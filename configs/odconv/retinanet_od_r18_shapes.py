@@ -7,8 +7,6 @@ _base_ = [
     '../_base_/runtime_small.py',
 ]
 
-custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
-
 model = dict(
     backbone=dict(_delete_=True, type='ODResNet', depth=18, base_channels=32, norm_eval=False),
     neck=dict(in_channels=[32, 64, 128, 256]),

@@ -180,7 +180,9 @@ class ODConvAttention(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, '_metadata', None)
         if metadata is not None:
-            metadata[prefix[:-1]]['temperature'] = self.temperature
+            # FSDP takes the names of its wrappers off the entries, not off the metadata.
+            for name in {prefix[:-1], prefix[:-1].replace('_fsdp_wrapped_module.', '')}:
+                metadata.setdefault(name, {})['temperature'] = self.temperature
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any

@@ -1,19 +1,31 @@
-"""Two processes on the CPU, with batches of unequal size."""
+"""Two processes on the CPU: batches of unequal size under DDP, shards under FSDP."""
 
+import copy
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdet_odconv import ODConv2d
+from mmdet_odconv import ODConv2d, convert_to_odconv, set_temperature
 
 # Of each step, for either process.
 SAMPLES = [(1, 3), (0, 2), (2, 2), (3, 0)]
 
 
-def train(rank, init_file, out_dir):
+def work(rank, init_file, out_dir):
+    """What either process does: starting it takes longer than all of this."""
     dist.init_process_group('gloo', init_method=f'file://{init_file}', rank=rank, world_size=2)
+    torch.save({'ddp': train(rank), **train_shards(rank)}, out_dir / f'{rank}.pth')
+    dist.destroy_process_group()
+
+
+def train(rank):
     torch.manual_seed(rank)
     model = DistributedDataParallel(nn.Sequential(ODConv2d(4, 4, 3), ODConv2d(4, 4, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -22,12 +34,79 @@ def train(rank, init_file, out_dir):
         # DDP raises in the next step if a parameter got no gradient in this one.
         model(torch.randn(samples[rank], 4, 6, 6)).square().sum().backward()
         optimizer.step()
-    torch.save(dict(model.module.named_parameters()), out_dir / f'{rank}.pth')
+    return dict(model.module.named_parameters())
+
+
+def converted():
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2)
+    )
+    convert_to_odconv(model, kernel_num=3, include='.*', exclude='^0$')
+    return model
+
+
+def train_shards(rank):
+    torch.manual_seed(0)
+    whole = converted()
+    start = copy.deepcopy(whole.state_dict())
+    shards = copy.deepcopy(whole)
+    mesh = init_device_mesh('cpu', (2,))
+    fully_shard(shards[3], mesh=mesh)
+    fully_shard(shards, mesh=mesh)
+    for model, trained in ((whole, DistributedDataParallel(whole)), (shards, shards)):
+        torch.manual_seed(rank)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            trained(torch.randn(4, 4, 8, 8)).square().mean().backward()
+            optimizer.step()
+    # Every process takes part in gathering; with the offload only the first gets the values.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = get_model_state_dict(shards, options=options)
+    return {'start': start, 'whole': whole.state_dict(), 'gathered': gathered}
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    """What each of the two processes saved."""
+    path = tmp_path_factory.mktemp('distributed')
+    mp.spawn(work, (path / 'init', path), nprocs=2)
+    return [torch.load(path / f'{rank}.pth') for rank in (0, 1)]
+
+
+def test_processes_stay_equal_whatever_their_batches(results):
+    first, second = (result['ddp'] for result in results)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_shards_train_as_the_whole_model_does(results):
+    states = results[0]
+    model = converted()
+    model.load_state_dict(states['gathered'], strict=True)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, states['whole'][name], msg=name)
+    assert not torch.allclose(states['start']['3.weight'], model[3].weight)
+
+
+@pytest.fixture
+def _one_process(tmp_path):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/one', rank=0, world_size=1)
+    yield
     dist.destroy_process_group()
 
 
-def test_processes_stay_equal_whatever_their_batches(tmp_path):
-    mp.spawn(train, (tmp_path / 'init', tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+@pytest.mark.usefixtures('_one_process')
+@pytest.mark.filterwarnings('ignore:FSDP')
+def test_the_temperature_leaves_the_wrapper_of_mmengine(tmp_path):
+    """FSDP1, on which mmengine's wrapper is built, strips its own name off the keys only."""
+    model = converted()
+    set_temperature(model, 7.0)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device('cpu'), use_orig_params=True)
+    torch.save(wrapped.state_dict(), tmp_path / 'state.pth')
+    plain = converted()
+    plain.load_state_dict(torch.load(tmp_path / 'state.pth'))
+    assert plain[3].temperature == 7.0
+    set_temperature(model, 1.0)
+    wrapped.load_state_dict(torch.load(tmp_path / 'state.pth'))
+    assert model[3].temperature == 7.0

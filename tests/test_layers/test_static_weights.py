@@ -15,6 +15,7 @@ from torch import nn
 
 from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, ODMobileNetV2, ODResNet
 from tests.conftest import ROOT
+from tests.predictions import assert_same_predictions, predict
 from tests.reference import randomise, relative_error
 
 LAYERS = {1: ODConv1d, 2: ODConv2d, 3: ODConv3d}
@@ -249,14 +250,5 @@ def test_a_static_detector_gives_the_same_outputs(detectors):
 
 def test_a_static_detector_gives_the_same_boxes_in_float32(detectors):
     batch = demo_mm_inputs(2, [[3, 96, 96], [3, 64, 80]], num_classes=5)
-    boxes = []
-    for model in detectors:
-        twin = copy.deepcopy(model).float()
-        with torch.no_grad():
-            data = twin.data_preprocessor(batch, training=False)
-            boxes.append(twin(**data, mode='predict'))
-    for static, dynamic in zip(*boxes, strict=True):
-        static, dynamic = static.pred_instances, dynamic.pred_instances
-        assert len(static) > 0
-        torch.testing.assert_close(dynamic.scores, static.scores, rtol=0, atol=1e-4)
-        torch.testing.assert_close(dynamic.bboxes, static.bboxes, rtol=1e-4, atol=1e-3)
+    static, dynamic = (copy.deepcopy(model).float() for model in detectors)
+    assert_same_predictions(predict(dynamic, batch), predict(static, batch), score_atol=1e-4)

@@ -86,6 +86,20 @@ def metrics(work_dir):
     return json.loads(next(work_dir.glob('*/*.json')).read_text())
 
 
+def check_metrics_stay(trained, folder, config, *option):
+    """Test the checkpoint without and with ``option`` of tools/test.py."""
+    for name, own in (('without', []), ('with', option)):
+        run_tool(
+            *('test.py', config, trained.checkpoint, *own, '--work-dir', folder / name),
+            *('--cfg-options', *SMALL),
+            shapes=trained.shapes,
+        )
+    changed = metrics(folder / 'with')
+    for key, value in metrics(folder / 'without').items():
+        if key.startswith('coco/'):
+            assert changed[key] == pytest.approx(value, abs=1e-3), key
+
+
 def test_testing_with_augmentation(trained, tmp_path):
     run_tool(
         *('test.py', CONFIG, trained.checkpoint, '--tta', '--work-dir', tmp_path),
@@ -99,16 +113,7 @@ def test_fused_norms_leave_the_metrics(trained, tmp_path, ema):
     config = tmp_path / 'config.py'
     hooks = "custom_hooks = [dict(type='EMAHook')]" if ema else ''
     config.write_text(f'_base_ = {str(ROOT / CONFIG)!r}\n{hooks}\n')
-    for name, option in (('plain', []), ('fused', ['--fuse-conv-bn'])):
-        run_tool(
-            *('test.py', config, trained.checkpoint, *option, '--work-dir', tmp_path / name),
-            *('--cfg-options', *SMALL),
-            shapes=trained.shapes,
-        )
-    plain, fused = metrics(tmp_path / 'plain'), metrics(tmp_path / 'fused')
-    for key, value in plain.items():
-        if key.startswith('coco/'):
-            assert fused[key] == pytest.approx(value, abs=1e-3), key
+    check_metrics_stay(trained, tmp_path, config, '--fuse-conv-bn')
 
 
 @pytest.mark.slow
@@ -118,16 +123,7 @@ def test_an_onnx_file_has_the_metrics_of_the_detector(trained, tmp_path):
     export = ('deployment/export_onnx.py', CONFIG, trained.checkpoint, '--out', out)
     result = run_tool(*export, '--images', trained.shapes / 'val', *options, shapes=trained.shapes)
     assert 'differs from PyTorch by' in result.stdout.splitlines()[-1]
-    for name, option in (('plain', []), ('onnx', ['--onnx', out])):
-        run_tool(
-            *('test.py', CONFIG, trained.checkpoint, *option, '--work-dir', tmp_path / name),
-            *options,
-            shapes=trained.shapes,
-        )
-    plain, onnx = metrics(tmp_path / 'plain'), metrics(tmp_path / 'onnx')
-    for key, value in plain.items():
-        if key.startswith('coco/'):
-            assert onnx[key] == pytest.approx(value, abs=1e-3), key
+    check_metrics_stay(trained, tmp_path, CONFIG, '--onnx', out)
     result = run_tool(*export, *options, shapes=trained.shapes, ok=False)
     assert result.stderr.splitlines()[-1] == f'{out} exists; --force overwrites it'
 
