@@ -36,10 +36,7 @@ NORMS = {
     'LN': dict(type='LN'),
     'none': None,
 }
-OPTIMIZERS = {
-    'SGD': dict(type='SGD', momentum=0.9, weight_decay=1e-4),
-    'AdamW': dict(type='AdamW', weight_decay=0.05),
-}
+ATTENTION_RATE = 0.1  # relative to the rest, as in the COCO configs
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,13 @@ class Way:
         compensated (bool): Whether the banks' rate makes up for the constant attentions
             (:func:`compensating_rates`). Default: False.
         norm (str): Norm of the attention, a key of ``NORMS``. Default: 'BN'.
-        attention_rate (float): Learning rate of the attention relative to the rest. Default: 0.1.
-        optimizer (str): A key of ``OPTIMIZERS``. Default: 'SGD'.
+        slower (float): What the learning rate of everything is divided by. Default: 1.
     """
 
     bias: float | None = None
     compensated: bool = False
     norm: str = 'BN'
-    attention_rate: float = 0.1
-    optimizer: str = 'SGD'
+    slower: float = 1
 
     @property
     def layers(self) -> str:
@@ -72,21 +67,21 @@ class Start:
     """What a run starts from, and how long it goes on.
 
     Attributes:
-        rate (dict): Learning rate by optimizer.
+        rate (float): Learning rate of SGD.
         epochs (int): Epochs; the rate falls by a cosine.
         width (float): ``widen_factor`` of the backbone.
         channels (list[int]): Channels of the backbone's four maps.
     """
 
-    rate: dict[str, float]
+    rate: float
     epochs: int
     width: float
     channels: list[int]
 
 
 STARTS = {
-    'detector': Start({'SGD': 0.01, 'AdamW': 1e-4}, 2, 0.5, [16, 16, 48, 1280]),
-    'imagenet': Start({'SGD': 0.02, 'AdamW': 1e-3}, 6, 1.0, [24, 32, 96, 1280]),
+    'detector': Start(0.01, 2, 0.5, [16, 16, 48, 1280]),
+    'imagenet': Start(0.02, 4, 1.0, [24, 32, 96, 1280]),
 }
 WAYS = {
     'plain': Way(),
@@ -94,6 +89,10 @@ WAYS = {
     'bias2.2-compensated': Way(2.2, compensated=True),
     'bias0': Way(0.0),
     'bias0-compensated': Way(0.0, compensated=True),
+    'frozenBN': Way(2.2, norm='frozen BN'),
+    'LN': Way(2.2, norm='LN'),
+    'none': Way(2.2, norm='none'),
+    'plain-slower': Way(slower=5),
 }
 
 
@@ -140,11 +139,11 @@ def run_config(start: str, way: Way, weights: str) -> Config:
     else:
         backbone.init_cfg = dict(type='Pretrained', checkpoint=weights)
 
-    keys = {'.attention.': dict(lr_mult=way.attention_rate)}
+    keys = {'.attention.': dict(lr_mult=ATTENTION_RATE)}
     if way.compensated:
         keys |= compensating_rates(config)
     config.optim_wrapper.optimizer = dict(
-        **OPTIMIZERS[way.optimizer], lr=settings.rate[way.optimizer]
+        type='SGD', lr=settings.rate / way.slower, momentum=0.9, weight_decay=1e-4
     )
     config.optim_wrapper.paramwise_cfg = dict(custom_keys=keys)
     epochs = settings.epochs
@@ -203,9 +202,9 @@ def mmdet_backbone(path: str, out: Path) -> str:
 def table(results: dict[str, dict[str, float]]) -> str:
     """The rows of which there are results, mean ± standard deviation over the seeds."""
     lines = [
-        '| start | convolutions | bias | bank rate | norm | attention rate | optimizer '
+        '| start | rate | convolutions | bias | bank rate | norm '
         '| AP before | AP after | runs | loss | min/run |',
-        '|---|---|---|---|---|---|---|---|---|---|---|---|',
+        '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     for start in STARTS:
         for name, way in WAYS.items():
@@ -214,12 +213,12 @@ def table(results: dict[str, dict[str, float]]) -> str:
             if not runs:
                 continue
             before = results.get(f'{start}/before/{way.layers}')
-            what = ['plain', *[''] * 4]
+            what = ['plain', '', '', '']
             if way.bias is not None:
                 rate = 'compensated' if way.compensated else '1'
-                what = ['ODConv', str(way.bias), rate, way.norm, str(way.attention_rate)]
+                what = ['ODConv', str(way.bias), rate, way.norm]
             cells = [
-                *(start, *what, way.optimizer),
+                *(start, f'{STARTS[start].rate / way.slower:g}', *what),
                 f'{before["ap"]:.3f}' if before else '',
                 spread([run['ap'] for run in runs], 3),
                 str(len(runs)),
