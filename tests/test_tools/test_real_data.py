@@ -80,7 +80,7 @@ TINY = [
     'test_dataloader.dataset.pipeline.1.scale=(160,160)',
     'test_dataloader.dataset.indices=24',
     'train_cfg.max_epochs=4',
-    'train_cfg.val_interval=5',
+    'train_cfg.val_begin=5',
     'optim_wrapper.optimizer.lr=0.004',
     'param_scheduler.0.end=20',
     'randomness.seed=0',
@@ -88,7 +88,7 @@ TINY = [
 
 
 @pytest.mark.slow
-def test_a_static_detector_has_the_same_ap_as_odconv_twin(bccd, tmp_path, monkeypatch):
+def test_a_static_detector_has_the_ap_of_its_odconv_twin(bccd, tmp_path, monkeypatch):
     monkeypatch.setenv('BCCD_ROOT', str(bccd))
     config, static = (
         'configs/odconv/retinanet_od_mobilenetv2_bccd.py',
