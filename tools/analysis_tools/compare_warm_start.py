@@ -9,6 +9,7 @@ WORK_DIR/results.json: started again, the tool makes those that are missing.
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -253,7 +254,7 @@ def main() -> None:
     def keep(key: str, run: Callable[[Config], dict[str, float]], config: Config) -> None:
         """Make a run and note its result, unless that has been done."""
         if key not in results:
-            config.experiment_name = key.replace('/', '-')
+            config.experiment_name = re.sub(r'[^\w.]+', '-', key)
             config.work_dir = str(args.work_dir / config.experiment_name)
             results[key] = run(config)
             file.write_text(json.dumps(results, indent=1))
