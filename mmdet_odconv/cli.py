@@ -5,15 +5,20 @@ A user's mistake (a path, a name, a value) ends a tool with one sentence and exi
 
 import argparse
 import difflib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+
+from .conversion.selection import PatternError
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -47,11 +52,14 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config and apply the overrides of the command line.
 
     Raises:
-        SystemExit: There is no such file (the message names near ones), or an override does not
-            fit the config.
+        SystemExit: There is no such file (the message names near ones), a base of it is missing,
+            or an override does not fit the config.
     """
     require_file(path, 'config')
-    config = Config.fromfile(path)
+    try:
+        config = Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise SystemExit(f'{path}: {error}') from error
     if options:
         try:
             config.merge_from_dict(options)
@@ -76,8 +84,15 @@ def runner_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """The runner that the config asks for."""
-    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    """The runner that the config asks for.
+
+    Raises:
+        SystemExit: A pattern of ``model.odconv`` is wrong; the message has near names.
+    """
+    try:
+        return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    except PatternError as error:
+        raise SystemExit(f'model.odconv: {error}') from error
 
 
 def require_file(path: str, what: str) -> None:
@@ -93,6 +108,10 @@ def require_file(path: str, what: str) -> None:
     """
     if '://' in path or Path(path).expanduser().is_file():
         return
+    raise SystemExit(_not_found(path, what))
+
+
+def _not_found(path: str, what: str) -> str:
     message = f'{what} not found: {path} (looked for {Path(path).absolute()})'
     folder = Path(path).parent
     if folder.is_dir():
@@ -100,7 +119,7 @@ def require_file(path: str, what: str) -> None:
         near = difflib.get_close_matches(Path(path).name, names, n=3)
         if near:
             message += f'; is it {" or ".join(str(folder / name) for name in near)}?'
-    raise SystemExit(message)
+    return message
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
@@ -149,40 +168,95 @@ def find_images(path: str) -> list[Path]:
 
 
 def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:
-    """End the program unless the annotations and image folders of the data sets are there.
+    """End the program unless the data sets are there and have the classes of the detector.
+
+    Of wrong classes mmdet itself says nothing: it leaves objects out, or ends with an index error
+    in the first validation.
 
     Args:
         config (Config): A whole config.
         dataloaders (Sequence[str]): The data loaders to look at. Default: all three.
 
     Raises:
-        SystemExit: A file or folder is missing; the message has the path looked for.
+        SystemExit: A file or folder is missing (the message has the path looked for), a class is
+            none of the annotation file's, or a head has another number of classes.
     """
     for name in dataloaders:
-        for dataset in _datasets(config.get(name)):
-            root = dataset.get('data_root') or ''
-            wanted = [('annotation file', dataset.ann_file)]
-            wanted += [('image folder', p) for p in (dataset.get('data_prefix') or {}).values()]
-            for what, path in wanted:
-                full = os.path.join(root, path or '')
-                if path and '://' not in full and not os.path.exists(full):
-                    raise SystemExit(
-                        f'{what} of {name} not found: {full} (looked for '
-                        f'{Path(full).absolute()}); set {name}.dataset.data_root with '
-                        '--cfg-options, or put the data there (README, "Data")'
-                    )
+        for key, dataset in _datasets(config.get(name), name):
+            _require_files(key, dataset)
+            _require_classes(key, dataset, config.get('model') or {})
 
 
-def _datasets(node: Any) -> Iterator[Any]:
-    """The data-set configs with files of their own in a data-loader config, wrapped ones too."""
+def _datasets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """The data-set configs with files of their own in a data-loader config, wrapped ones too.
+
+    Each comes with its dotted key.
+    """
     if isinstance(node, dict):
         if 'ann_file' in node:
             # With a file backend of its own (an object store, say) the files are not on this disk.
             if not node.get('backend_args'):
-                yield node
+                yield key, node
         else:
-            for key in ('dataset', 'datasets'):
-                yield from _datasets(node.get(key))
+            for child in ('dataset', 'datasets'):
+                yield from _datasets(node.get(child), f'{key}.{child}')
     elif isinstance(node, (list, tuple)):
-        for item in node:
-            yield from _datasets(item)
+        for i, item in enumerate(node):
+            yield from _datasets(item, f'{key}.{i}')
+
+
+def _require_files(key: str, dataset: Any) -> None:
+    root = dataset.get('data_root') or ''
+    wanted = [('annotation file', dataset.ann_file)]
+    wanted += [('image folder', p) for p in (dataset.get('data_prefix') or {}).values()]
+    for what, path in wanted:
+        full = os.path.join(root, path or '')
+        if path and '://' not in full and not os.path.exists(full):
+            raise SystemExit(
+                f'{_not_found(full, f"{what} of {key}")}; put the data there, or set data_root, '
+                f'ann_file and data_prefix of {key} (README, "Data")'
+            )
+
+
+def _require_classes(key: str, dataset: Any, model: Any) -> None:
+    kind = DATASETS.get(dataset.type) if isinstance(dataset.get('type'), str) else None
+    if kind is None or not issubclass(kind, CocoDataset):
+        return
+    own = dataset.get('metainfo') or {}
+    metainfo = own or kind.METAINFO
+    classes = metainfo.get('thing_classes') or metainfo.get('classes')
+    if not isinstance(classes, (list, tuple)):  # the name of a file that has them
+        return
+    for head, number in _class_numbers(model, 'model'):
+        if number != len(classes):
+            raise SystemExit(
+                f'{head}.num_classes is {number}, but {key} has {_counted(classes)}; '
+                f'set {head}.num_classes, or the names in {key}.metainfo.classes'
+            )
+    path = os.path.join(dataset.get('data_root') or '', dataset.ann_file)
+    if own and os.path.isfile(path):
+        categories = [c['name'] for c in json.loads(Path(path).read_text())['categories']]
+        for name in classes:
+            if name not in categories:
+                raise SystemExit(
+                    f'{key}.metainfo.classes has {name!r}, but {path} has {_counted(categories)}'
+                )
+
+
+def _class_numbers(model: Any, key: str) -> Iterator[tuple[str, int]]:
+    """The ``num_classes`` of the box heads in a model's config, with the keys of the heads."""
+    if isinstance(model, (list, tuple)):
+        for i, item in enumerate(model):
+            yield from _class_numbers(item, f'{key}.{i}')
+    # Detectors that read text have an output for each word, not for each class.
+    elif isinstance(model, dict) and 'language_model' not in model:
+        if '.bbox_head' in key and 'num_classes' in model:
+            yield key, model['num_classes']
+        else:
+            for name, child in model.items():
+                yield from _class_numbers(child, f'{key}.{name}')
+
+
+def _counted(names: Sequence[str]) -> str:
+    shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
+    return f'{len(names)} classes ({shown})'

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from mmengine.config import Config
@@ -42,7 +43,7 @@ def test_a_missing_data_set_is_named_with_the_path_looked_for(tmp_path, missing)
     target.rmdir() if target.is_dir() else target.unlink()
     with pytest.raises(SystemExit) as error:
         cli.require_datasets(dataset_config(tmp_path))
-    assert f'of train_dataloader not found: {target}' in str(error.value)
+    assert f'of train_dataloader.dataset not found: {target}' in str(error.value)
     assert '\n' not in str(error.value)
 
 
@@ -57,6 +58,56 @@ def test_a_missing_data_set_is_named_with_the_path_looked_for(tmp_path, missing)
 def test_wrapped_data_sets_are_looked_into(tmp_path, wrap):
     config = dataset_config(tmp_path)
     config.train_dataloader.dataset = wrap(config.train_dataloader.dataset)
-    with pytest.raises(SystemExit, match=r'train\.json'):
+    with pytest.raises(SystemExit, match=r'train\.json') as error:
         cli.require_datasets(config)
+    key = re.search(r'set data_root, .* of (\S+) ', str(error.value))[1]
+    node = config
+    for part in key.split('.'):
+        node = node[int(part) if part.isdigit() else part]
+    assert node.ann_file == 'train.json'
     cli.require_datasets(config, ('val_dataloader',))
+
+
+def config_with_classes(folder, classes, number):
+    (folder / 'images').mkdir()
+    categories = [dict(id=1, name='cat'), dict(id=2, name='dog')]
+    (folder / 'train.json').write_text(json.dumps(dict(categories=categories)))
+    config = dataset_config(folder)
+    dataset = config.train_dataloader.dataset
+    dataset.type = 'CocoDataset'
+    if classes:
+        dataset.metainfo = dict(classes=classes)
+    config.model = dict(roi_head=dict(bbox_head=[dict(num_classes=number)]))
+    return config
+
+
+@pytest.mark.parametrize(
+    ('classes', 'number', 'message'),
+    [
+        (('cat', 'dog'), 80, r'bbox_head\.0\.num_classes is 80, but \S+\.dataset has 2 classes'),
+        (None, 2, r'num_classes is 2, but \S+\.dataset has 80 classes \(person, '),
+        (('cat', 'dgo'), 2, r"\.classes has 'dgo', but \S+train\.json has 2 classes \(cat, dog\)"),
+    ],
+)
+def test_classes_that_mmdet_would_leave_out_are_named(tmp_path, classes, number, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.require_datasets(config_with_classes(tmp_path, classes, number))
+
+
+def test_classes_that_fit_are_accepted(tmp_path):
+    cli.require_datasets(config_with_classes(tmp_path, ('dog', 'cat'), 2))
+
+
+def test_a_missing_base_is_named(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text("_base_ = 'mmdet::yolox/yolox_tinny.py'")
+    with pytest.raises(SystemExit, match=r'config\.py: .*yolox_tinny\.py'):
+        cli.load_config(str(path))
+
+
+def test_a_pattern_that_matches_nothing_is_answered_with_near_names(tmp_path):
+    config = cli.load_config(str(ROOT / 'configs/odconv/yolox_od_cspdarknet-tiny.py'))
+    config.model.odconv.include = 'backbone.stage5'
+    config.work_dir = str(tmp_path)
+    with pytest.raises(SystemExit, match=r'^model\.odconv: include .*near names: backbone\.stage4'):
+        cli.build_runner(config)

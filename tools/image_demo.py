@@ -46,11 +46,16 @@ def main() -> None:
         image = mmcv.imread(str(path), channel_order='rgb')
         if image is None:
             raise SystemExit(f'cannot be read as an image: {path}')
+        sample = inference_detector(model, str(path))
+        # matplotlib 3.11 would enlarge the picture to hold boxes that reach beyond the image.
+        boxes = sample.pred_instances.bboxes
+        boxes[:, 0::2].clamp_(0, image.shape[1])
+        boxes[:, 1::2].clamp_(0, image.shape[0])
         out = out_dir / f'{path.stem}.png'
         visualizer.add_datasample(
             path.stem,
             image,
-            inference_detector(model, str(path)),
+            sample,
             draw_gt=False,
             pred_score_thr=args.score_thr,
             out_file=str(out),

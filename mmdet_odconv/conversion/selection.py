@@ -9,6 +9,10 @@ from .rules import Guard
 Patterns = str | Sequence[str]
 
 
+class PatternError(ValueError):
+    """A pattern is no regular expression, or is found in the name of no convolution."""
+
+
 class Selection:
     """Some regular expressions, any of which may be found (``re.search``) in a name.
 
@@ -19,8 +23,8 @@ class Selection:
         modules (Iterable[str]): The names of all modules, for error messages.
 
     Raises:
-        ValueError: A pattern is no regular expression, or is found in the name of no convolution;
-            the message has near names.
+        PatternError: A pattern is no regular expression, or is found in the name of no
+            convolution; the message has near names.
     """
 
     def __init__(
@@ -36,11 +40,11 @@ class Selection:
             try:
                 pattern = re.compile(text)
             except re.error as error:
-                raise ValueError(
+                raise PatternError(
                     f'{argument} {text!r} is no regular expression: {error}'
                 ) from error
             if not any(pattern.search(name) for name in names):
-                raise ValueError(
+                raise PatternError(
                     f'{argument} {text!r} matches the name of no convolution in the model; '
                     + _near(text, modules)
                 )

@@ -1,0 +1,93 @@
+"""README, "Put ODConv into your detector", followed on generated images."""
+
+import re
+
+import pytest
+import torch
+from mmcv import imread
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from tests.conftest import ROOT
+from tests.test_tools.test_train_and_test import run_tool
+
+# The data set that make_shapes_dataset.py writes.
+OWN = {
+    "'cat', 'dog'": "'circle', 'square'",
+    "'train.json', data_prefix=dict(img='images/')": (
+        "'annotations/instances_train.json', data_prefix=dict(img='train/')"
+    ),
+    "'val.json', data_prefix=dict(img='images/')": (
+        "'annotations/instances_val.json', data_prefix=dict(img='val/')"
+    ),
+    'ROOT/val.json': 'ROOT/annotations/instances_val.json',
+}
+SMALL = [
+    'model.data_preprocessor.batch_augments=None',
+    'train_dataloader.dataset.pipeline.4.scale=(64,64)',
+    'train_dataloader.batch_size=4',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'train_cfg.max_epochs=1',
+    'train_cfg.val_interval=1',
+    'default_hooks.checkpoint.interval=1',
+    *(
+        f'{name}_dataloader.{option}'
+        for name in ('val', 'test')
+        for option in (
+            'dataset.pipeline.1.scale=(64,64)',
+            'num_workers=0',
+            'persistent_workers=False',
+        )
+    ),
+]
+
+
+@pytest.mark.slow
+def test_a_detector_of_the_zoo_on_ones_own_data(tmp_path):
+    root = tmp_path / 'shapes'
+    run_tool('make_shapes_dataset.py', root, '--train', 8, '--val', 4, '--size', 96, 96)
+    section = (ROOT / 'README.md').read_text().partition('## Put ODConv into your detector')[2]
+    text = '\n'.join(re.findall(r'```python\n(.*?)```', section, re.DOTALL)[:2])
+    for old, new in OWN.items():
+        assert old in text
+        text = text.replace(old, new)
+    static = tmp_path / 'static.pth'
+    path = tmp_path / 'my_yolox.py'
+    path.write_text(text.replace('ROOT', str(root)).replace('None', repr(str(static))))
+
+    register_all_modules()
+    model = Config.fromfile(path).model
+    model.type = model.pop('detector')
+    del model.odconv
+    weights = MODELS.build(model).state_dict()
+    torch.save({'state_dict': weights}, static)
+
+    log = run_tool('train.py', path, '--work-dir', tmp_path, '--cfg-options', *SMALL).stdout
+    assert 'ODConv in YOLOX' in log
+    assert f'Load checkpoint from {static}' in log
+    assert 'size mismatch' not in log
+    assert 'unexpected key' not in log
+    checkpoint = torch.load(tmp_path / 'epoch_1.pth')
+    assert checkpoint['meta']['dataset_meta']['classes'] == ('circle', 'square')
+
+    # A picture with boxes beyond its lower right corner still shows the image where it was.
+    for name, value in checkpoint['state_dict'].items():
+        if 'conv_reg.0.bias' in name:
+            value[:] = torch.tensor([6.0, 6.0, 0.0, 0.0])  # in strides of 8, from the cell
+        elif 'conv_reg.0.weight' in name:
+            value.zero_()
+        elif 'conv_cls.0.bias' in name or re.search(r'conv_obj\.\d\.bias', name):
+            value.fill_(9.0 if '.0.' in name else -9.0)
+    torch.save(checkpoint, tmp_path / 'beyond.pth')
+    image = min((root / 'val').iterdir())
+    run_tool(
+        *('image_demo.py', image, path, tmp_path / 'beyond.pth', '--out-dir', tmp_path),
+        *('--cfg-options', *SMALL),
+    )
+    drawn, given = imread(str(tmp_path / f'{image.stem}.png')), imread(str(image))
+    assert drawn.shape == given.shape
+    assert (drawn != given).any()
+    free = (slice(20, 60), slice(5, 40))
+    assert (drawn[free] == given[free]).all()
