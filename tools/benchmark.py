@@ -248,9 +248,11 @@ def saved_bytes(network: nn.Module, x: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage
-        return tensor
+        # The tensor itself would close a cycle with its own node, and never be freed.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # Held, and with it the graph, until the storages have been counted.
         outputs = network(x)
     total = sum(storage.nbytes() for storage in storages.values())
     del outputs

@@ -1,7 +1,7 @@
 """The maths of ODConv as pure functions of tensors: no module state, no parameters."""
 
 from .attention import Attentions, global_average_pool, sigmoid_attention, softmax_attention
-from .choice import STRATEGIES
+from .choice import STRATEGIES, check_strategy
 from .odconv import odconv
 from .static_weight import bank_from_static_weight
 from .strategies.formula import mix_kernel_bank
@@ -12,6 +12,7 @@ __all__ = [
     'Attentions',
     'annealed_temperature',
     'bank_from_static_weight',
+    'check_strategy',
     'global_average_pool',
     'mix_kernel_bank',
     'odconv',

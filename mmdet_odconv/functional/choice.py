@@ -71,29 +71,34 @@ RULES = (
 _measured: dict[tuple[object, ...], str] = {}
 
 
+def check_strategy(strategy: str, kernel_num: int) -> None:
+    """Raise ValueError where there is no such strategy, or none for a bank of K kernels."""
+    if strategy not in (*STRATEGIES, 'auto', 'benchmark'):
+        raise ValueError(
+            f"strategy must be 'auto', 'benchmark' or one of {STRATEGIES}, got {strategy!r}"
+        )
+    if strategy == 'shared' and kernel_num > 1:
+        raise ValueError(
+            f"strategy 'shared' needs a bank of one kernel, got kernel_num={kernel_num}"
+        )
+
+
 def choose(
     strategy: str, x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry
 ) -> str:
     """The name of the strategy for a call that leaves it open.
 
     Args:
-        strategy (str): 'auto', or a name of ``STRATEGIES``.
+        strategy (str): 'auto', 'benchmark' or one of ``STRATEGIES``.
         x, bank, attentions, geometry: Of the call.
 
     Returns:
-        str: One of ``STRATEGIES``.
+        str: One of ``STRATEGIES``, or 'benchmark', which is left to :func:`fastest`.
 
     Raises:
         ValueError: There is no such strategy, or it cannot compute this.
     """
-    if strategy not in (*STRATEGIES, 'auto', 'benchmark'):
-        raise ValueError(
-            f"strategy must be 'auto', 'benchmark' or one of {STRATEGIES}, got {strategy!r}"
-        )
-    if strategy == 'shared' and attentions.kernel is not None:
-        raise ValueError(
-            f"strategy 'shared' needs a bank of one kernel, got kernel_num={len(bank)}"
-        )
+    check_strategy(strategy, len(bank))
     # No samples have no kernels, and what follows the operations must be able to follow these.
     if x.shape[0] == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return 'formula'

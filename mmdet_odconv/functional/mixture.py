@@ -45,6 +45,11 @@ def column_scale_backward(grad: Tensor, attentions: Attentions) -> tuple[Tensor,
     )
 
 
+def rows_within(block_bytes: int, bank: Tensor, batch: int) -> int:
+    """How many rows of every sample's kernel matrix fit into ``block_bytes``; at least 1."""
+    return max(1, block_bytes // (batch * bank.shape[2] * bank.element_size()))
+
+
 def mix_rows(bank: Tensor, kernel: Tensor | None, rows: slice) -> Tensor:
     """Some rows of each sample's kernel matrix: Σ_j k_j · W_j.
 

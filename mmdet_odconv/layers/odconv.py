@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..functional import STRATEGIES, bank_from_static_weight, odconv
+from ..functional import bank_from_static_weight, check_strategy, odconv
 from .attention import ODConvAttention
 
 
@@ -288,15 +288,7 @@ class _ODConvNd(nn.Module):
                 raise ValueError(f"padding must be 'same', 'valid' or int(s), got {self.padding!r}")
             if self.padding == 'same' and any(s != 1 for s in self.stride):
                 raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
-        if self.strategy not in (*STRATEGIES, 'auto', 'benchmark'):
-            raise ValueError(
-                f"strategy must be 'auto', 'benchmark' or one of {STRATEGIES}, "
-                f'got {self.strategy!r}'
-            )
-        if self.strategy == 'shared' and self.kernel_num > 1:
-            raise ValueError(
-                f"strategy 'shared' needs a bank of one kernel, got kernel_num={self.kernel_num}"
-            )
+        check_strategy(self.strategy, self.kernel_num)
         modes = ('zeros', 'reflect', 'replicate', 'circular')
         if self.padding_mode not in modes:
             raise ValueError(f'padding_mode must be one of {modes}, got {self.padding_mode!r}')

@@ -13,7 +13,7 @@ from ..attention import Attentions
 from ..geometry import Block, Geometry, output_blocks
 from ..gradients import Gradients, Needed
 from ..im2col import windows, windows_backward
-from ..mixture import column_scale, mix_rows, mix_rows_backward
+from ..mixture import column_scale, mix_rows, mix_rows_backward, rows_within
 from ..workspace import workspace
 
 
@@ -144,7 +144,6 @@ def per_window(scale: Tensor, seen: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int) -> list[Block]:
     """Blocks of output channels, none of several groups."""
-    batch, out_channels, columns = x.shape[0], *matrices.shape[1:]
-    rows = max(1, block_bytes // (batch * columns * matrices.element_size()))
-    rows = min(rows, out_channels // geometry.groups)
+    out_channels = matrices.shape[1]
+    rows = min(rows_within(block_bytes, matrices, x.shape[0]), out_channels // geometry.groups)
     return list(output_blocks(x.shape[1], out_channels, geometry.groups, rows))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention import Attentions
 from ..geometry import Block, Geometry, output_blocks
 from ..gradients import Gradients, Needed
-from ..mixture import column_scale, mix_rows, mix_rows_backward
+from ..mixture import column_scale, mix_rows, mix_rows_backward, rows_within
 from ..workspace import workspace
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -108,8 +108,7 @@ def backward(
 
 
 def _blocks(x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int) -> list[Block]:
-    row_bytes = x.shape[0] * matrices.shape[2] * matrices.element_size()
-    rows = max(1, block_bytes // row_bytes)
+    rows = rows_within(block_bytes, matrices, x.shape[0])
     return list(output_blocks(x.shape[1], matrices.shape[1], geometry.groups, rows))
 
 
