@@ -1,7 +1,15 @@
 """The maths of ODConv as pure functions of tensors: no module state, no parameters."""
 
-from .attention import Attentions, global_average_pool, sigmoid_attention, softmax_attention
+from .attention import (
+    Attentions,
+    attentions_from_logits,
+    global_average_pool,
+    sigmoid_attention,
+    softmax_attention,
+)
+from .autocast import without_autocast
 from .choice import STRATEGIES, check_strategy
+from .heads import lay_out_consecutively, linear_heads
 from .odconv import odconv
 from .static_weight import bank_from_static_weight
 from .strategies.formula import mix_kernel_bank
@@ -11,11 +19,15 @@ __all__ = [
     'STRATEGIES',
     'Attentions',
     'annealed_temperature',
+    'attentions_from_logits',
     'bank_from_static_weight',
     'check_strategy',
     'global_average_pool',
+    'lay_out_consecutively',
+    'linear_heads',
     'mix_kernel_bank',
     'odconv',
     'sigmoid_attention',
     'softmax_attention',
+    'without_autocast',
 ]

@@ -3,6 +3,7 @@
 Paper: Omni-Dimensional Dynamic Convolution, section 3.2 (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,26 @@ def global_average_pool(x: Tensor) -> Tensor:
     return x.mean(dim=tuple(range(2, x.dim())))
 
 
+def attentions_from_logits(logits: Tensor, sizes: Sequence[int], temperature: float) -> Attentions:
+    """The four attentions from the outputs of their heads.
+
+    Args:
+        logits (Tensor): Shape (B, sum of ``sizes``), in the order of :class:`Attentions`. Types
+            narrower than float32 are computed in float32.
+        sizes (Sequence[int]): How many belong to each of the four attentions; 0 where it is absent.
+        temperature (float): T, positive.
+    """
+    *gate_sizes, kernel_num = sizes
+    gates, kernel = logits.split([sum(gate_sizes), kernel_num], 1)
+    channel, filter_, spatial = sigmoid_attention(gates, temperature).split(gate_sizes, 1)
+    return Attentions(
+        channel,
+        filter_ if filter_.shape[1] else None,
+        spatial if spatial.shape[1] else None,
+        softmax_attention(kernel, temperature) if kernel_num else None,
+    )
+
+
 def sigmoid_attention(logits: Tensor, temperature: float) -> Tensor:
     """Channel, filter and spatial attention: sigmoid(logits / T).
 
@@ -44,7 +65,7 @@ def sigmoid_attention(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         Tensor: The shape of ``logits``, float32 or wider.
     """
-    return torch.sigmoid(_at_least_float32(logits) / temperature)
+    return torch.sigmoid(_divided(logits, temperature))
 
 
 def softmax_attention(logits: Tensor, temperature: float) -> Tensor:
@@ -57,8 +78,13 @@ def softmax_attention(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         Tensor: Shape (B, K), float32 or wider; each row sums to 1.
     """
-    return torch.softmax(_at_least_float32(logits) / temperature, dim=1)
+    return torch.softmax(_divided(logits, temperature), dim=1)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    """logits / T in float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Not while compiling: a compiler would compile once more.
+    if not torch.compiler.is_compiling() and temperature == 1:
+        return logits
+    return logits / temperature

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions
+from .autocast import without_autocast
 from .choice import BLOCK_BYTES, STRATEGIES, choose, fastest
 from .geometry import Geometry, resolve_geometry
 from .gradients import Needed
@@ -79,7 +80,7 @@ def _compute(
         return formula.forward(x, bank, attentions, geometry)
     if _needs_gradients(x, bank, *attentions):
         return _ODConv.apply(name, geometry, x, bank, *attentions)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return _BY_NAME[name].forward(x, bank, attentions, geometry, BLOCK_BYTES[name])
 
 
@@ -120,7 +121,7 @@ class _ODConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.name, ctx.geometry = name, geometry
         ctx.save_for_backward(x, bank, *attentions)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return _BY_NAME[name].forward(
                 x, bank, Attentions(*attentions), geometry, BLOCK_BYTES[name]
             )
@@ -130,7 +131,7 @@ class _ODConv(torch.autograd.Function):
         x, bank, *rest = ctx.saved_tensors
         attentions = Attentions(*rest)
         x_needed, bank_needed, *others_needed = ctx.needs_input_grad[2:]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             if torch.is_grad_enabled():
                 return None, None, *_differentiable_backward(ctx, grad, x, bank, attentions)
             needed = Needed(x_needed, bank_needed, any(others_needed))

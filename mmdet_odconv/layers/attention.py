@@ -16,7 +16,15 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional import Attentions, global_average_pool, sigmoid_attention, softmax_attention
+from ..functional import (
+    Attentions,
+    attentions_from_logits,
+    global_average_pool,
+    lay_out_consecutively,
+    linear_heads,
+    sigmoid_attention,
+    without_autocast,
+)
 
 
 class ODConvAttention(nn.Module):
@@ -95,6 +103,9 @@ class ODConvAttention(nn.Module):
         self.filter_fc = None if depthwise else pointwise(width, out_channels)
         self.spatial_fc = None if positions == 1 else pointwise(width, positions)
         self.kernel_fc = None if kernel_num == 1 else pointwise(width, kernel_num)
+        heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
+        self._sizes = [0 if head is None else len(head.weight) for head in heads]
+        self._lay_out_heads()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,9 +120,8 @@ class ODConvAttention(nn.Module):
         self.fc.reset_parameters()
         if not isinstance(self.bn, nn.Identity):
             self.bn.reset_parameters()
-        for head in (*self._sigmoid_heads(), self.kernel_fc):
-            if head is not None:
-                head.reset_parameters()
+        for head in self._heads():
+            head.reset_parameters()
         if self.attention_init == 'zero':
             self.reset_to_constant()
 
@@ -151,14 +161,30 @@ class ODConvAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Attentions:
         """The attentions of each sample of ``x``, shape (B, C_in, *size); float32 or wider."""
-        h = F.relu(self._normalise(self.fc(global_average_pool(x))))
-        t = self.temperature
-        return Attentions(
-            channel=sigmoid_attention(self.channel_fc(h), t),
-            filter=None if self.filter_fc is None else sigmoid_attention(self.filter_fc(h), t),
-            spatial=None if self.spatial_fc is None else sigmoid_attention(self.spatial_fc(h), t),
-            kernel=None if self.kernel_fc is None else softmax_attention(self.kernel_fc(h), t),
-        )
+        with without_autocast(x.device.type):
+            pooled = global_average_pool(x).to(self.fc.weight.dtype)
+            h = F.relu(self._normalise(self.fc(pooled)))
+            heads = self._heads()
+            logits = linear_heads(h, [head.weight for head in heads], [head.bias for head in heads])
+            return attentions_from_logits(logits, self._sizes, self.temperature)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> 'ODConvAttention':
+        # ``to()`` and its kin give each parameter new memory, and so does a copy.
+        super()._apply(*args, **kwargs)
+        self._lay_out_heads()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lay_out_heads()
+
+    def _lay_out_heads(self) -> None:
+        """Let the four heads be one matrix, in the memory of their four parameters."""
+        for name in ('weight', 'bias'):
+            lay_out_consecutively([getattr(head, name) for head in self._heads()])
+
+    def _heads(self) -> list['PointwiseConv']:
+        return [*self._sigmoid_heads(), *([] if self.kernel_fc is None else [self.kernel_fc])]
 
     def _sigmoid_heads(self) -> list['PointwiseConv']:
         heads = (self.channel_fc, self.filter_fc, self.spatial_fc)

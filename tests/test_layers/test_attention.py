@@ -4,10 +4,12 @@ import pickle
 
 import pytest
 import torch
+from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from mmdet_odconv import ODConv2d, set_temperature
 from mmdet_odconv.layers import ODConvAttention
+from tests.test_functional.test_heads import Calls
 
 
 def two_layers():
@@ -77,6 +79,33 @@ def test_copies_and_pickles_keep_the_temperature():
     set_temperature(model, 3.0)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other[2].temperature == 3.0
+
+
+def through_a_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def averaged(layer):
+    return ExponentialMovingAverage(layer).module
+
+
+@pytest.mark.parametrize(
+    'after', [lambda layer: layer, nn.Module.double, copy.deepcopy, averaged, through_a_pickle]
+)
+def test_the_heads_stay_one_product(after):
+    attention = after(ODConvAttention(8, 16, (3, 3), attention_init='published').eval())
+    x = torch.randn(2, 8, 4, 4, dtype=attention.fc.weight.dtype)
+    with torch.no_grad(), Calls() as calls:
+        attention(x)
+    assert calls.products == 2  # the squeeze, and the four heads
+
+
+def test_mixed_precision_leaves_the_branch_alone():
+    attention = ODConvAttention(8, 16, (3, 3), attention_init='published').eval()
+    x = torch.randn(2, 8, 4, 4)
+    expected = attention(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        torch.testing.assert_close(attention(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='LN'), None])
