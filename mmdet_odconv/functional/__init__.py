@@ -7,9 +7,8 @@ from .attention import (
     sigmoid_attention,
     softmax_attention,
 )
-from .autocast import without_autocast
 from .choice import STRATEGIES, check_strategy
-from .heads import lay_out_consecutively, linear_heads
+from .heads import JoinedHeads, linear_heads
 from .odconv import odconv
 from .static_weight import bank_from_static_weight
 from .strategies.formula import mix_kernel_bank
@@ -18,16 +17,15 @@ from .temperature import annealed_temperature
 __all__ = [
     'STRATEGIES',
     'Attentions',
+    'JoinedHeads',
     'annealed_temperature',
     'attentions_from_logits',
     'bank_from_static_weight',
     'check_strategy',
     'global_average_pool',
-    'lay_out_consecutively',
     'linear_heads',
     'mix_kernel_bank',
     'odconv',
     'sigmoid_attention',
     'softmax_attention',
-    'without_autocast',
 ]

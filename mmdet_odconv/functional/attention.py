@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import as_type
+
 
 class Attentions(NamedTuple):
     """What ODConv's attention branch says about each sample of a batch.
@@ -44,15 +46,16 @@ def attentions_from_logits(logits: Tensor, sizes: Sequence[int], temperature: fl
         sizes (Sequence[int]): How many belong to each of the four attentions; 0 where it is absent.
         temperature (float): T, positive.
     """
-    *gate_sizes, kernel_num = sizes
-    gates, kernel = logits.split([sum(gate_sizes), kernel_num], 1)
-    channel, filter_, spatial = sigmoid_attention(gates, temperature).split(gate_sizes, 1)
-    return Attentions(
-        channel,
-        filter_ if filter_.shape[1] else None,
-        spatial if spatial.shape[1] else None,
-        softmax_attention(kernel, temperature) if kernel_num else None,
+    logits = _divided(logits, temperature)
+    # One sigmoid for all, the kernel's logits too: few calls, which are what costs here.
+    parts = torch.split_with_sizes(torch.sigmoid(logits), sizes, 1)
+    channel, filter_, spatial, kernel = (
+        p if n else None for p, n in zip(parts, sizes, strict=True)
     )
+    assert channel is not None
+    if kernel is not None:
+        kernel = torch.softmax(logits[:, -sizes[3] :], dim=1)
+    return Attentions(channel, filter_, spatial, kernel)
 
 
 def sigmoid_attention(logits: Tensor, temperature: float) -> Tensor:
@@ -83,7 +86,7 @@ def softmax_attention(logits: Tensor, temperature: float) -> Tensor:
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
     """logits / T in float32 or wider."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = as_type(logits, torch.promote_types(logits.dtype, torch.float32))
     # Not while compiling: a compiler would compile once more.
     if not torch.compiler.is_compiling() and temperature == 1:
         return logits

@@ -3,13 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import Attentions
 from .geometry import Geometry
 
 STRATEGIES = ('formula', 'kernels', 'columns', 'shared')
@@ -24,6 +23,8 @@ class Work(NamedTuple):
 
     Attributes:
         device (str): Type of the device.
+        training (bool): Whether a backward pass follows.
+        batch (int): B.
         kernel_num (int): K.
         depthwise (bool): Whether each group reads a single channel.
         positions (int): Output positions of a sample.
@@ -31,6 +32,8 @@ class Work(NamedTuple):
     """
 
     device: str
+    training: bool
+    batch: int
     kernel_num: int
     depthwise: bool
     positions: int
@@ -83,14 +86,13 @@ def check_strategy(strategy: str, kernel_num: int) -> None:
         )
 
 
-def choose(
-    strategy: str, x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry
-) -> str:
+def choose(strategy: str, x: Tensor, bank: Tensor, geometry: Geometry, training: bool) -> str:
     """The name of the strategy for a call that leaves it open.
 
     Args:
         strategy (str): 'auto', 'benchmark' or one of ``STRATEGIES``.
-        x, bank, attentions, geometry: Of the call.
+        x, bank, geometry: Of the call.
+        training (bool): Whether a backward pass follows.
 
     Returns:
         str: One of ``STRATEGIES``, or 'benchmark', which is left to :func:`fastest`.
@@ -98,18 +100,35 @@ def choose(
     Raises:
         ValueError: There is no such strategy, or it cannot compute this.
     """
-    check_strategy(strategy, len(bank))
+    if strategy != 'auto':
+        check_strategy(strategy, len(bank))
     # No samples have no kernels, and what follows the operations must be able to follow these.
     if x.shape[0] == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return 'formula'
     if strategy != 'auto':
         return strategy
+    return _by_rules(x.device.type, x.shape, bank.shape, bank.element_size(), geometry, training)
+
+
+@lru_cache(maxsize=4096)
+def _by_rules(
+    device: str,
+    x_shape: torch.Size,
+    bank_shape: torch.Size,
+    element_size: int,
+    geometry: Geometry,
+    training: bool,
+) -> str:
+    """The strategy of the first rule that applies; remembered, as it takes time to work out."""
+    kernel_num, *kernel_shape = bank_shape
     work = Work(
-        device=x.device.type,
-        kernel_num=bank.shape[0],
-        depthwise=bank.shape[2] == 1,
-        positions=math.prod(geometry.output_size(x.shape[2:], bank.shape[3:])),
-        kernel_bytes=x.shape[0] * bank[0].numel() * bank.element_size(),
+        device=device,
+        training=training,
+        batch=x_shape[0],
+        kernel_num=kernel_num,
+        depthwise=kernel_shape[1] == 1,
+        positions=math.prod(geometry.output_size(x_shape[2:], bank_shape[3:])),
+        kernel_bytes=x_shape[0] * math.prod(kernel_shape) * element_size,
     )
     return next(rule.strategy for rule in RULES if rule.applies(work))
 

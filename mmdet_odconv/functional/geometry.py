@@ -1,7 +1,8 @@
 """Sizes of a convolution, and its outputs cut into blocks."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
+    @lru_cache(maxsize=4096)  # noqa: B019  a tuple of ints lives for as long as its layer anyhow
     def output_size(self, size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output for an input of spatial size ``size``."""
         return tuple(
@@ -25,6 +27,7 @@ class Geometry(NamedTuple):
             )
         )
 
+    @cache  # noqa: B019
     def is_pointwise(self, kernel_size: Sequence[int]) -> bool:
         """Whether each output position reads the input position at the same place only."""
         return (
@@ -42,7 +45,8 @@ class Block(NamedTuple):
     groups: slice
 
 
-def output_blocks(in_channels: int, out_channels: int, groups: int, size: int) -> Iterator[Block]:
+@cache
+def output_blocks(in_channels: int, out_channels: int, groups: int, size: int) -> tuple[Block, ...]:
     """All output channels in blocks of about ``size``: whole groups, or parts of one group.
 
     Args:
@@ -50,19 +54,25 @@ def output_blocks(in_channels: int, out_channels: int, groups: int, size: int) -
         size (int): Channels wanted in a block, at least 1.
     """
     of_group, reads = out_channels // groups, in_channels // groups
+    blocks = []
     whole = size // of_group
     if whole:
         for g in range(0, groups, whole):
             end = min(g + whole, groups)
-            yield Block(
-                slice(g * of_group, end * of_group), slice(g * reads, end * reads), slice(g, end)
-            )
+            inputs = slice(g * reads, end * reads)
+            blocks.append(Block(slice(g * of_group, end * of_group), inputs, slice(g, end)))
     else:
         for g in range(groups):
+            inputs = slice(g * reads, (g + 1) * reads)
             for o in range(g * of_group, (g + 1) * of_group, size):
                 end = min(o + size, (g + 1) * of_group)
-                inputs = slice(g * reads, (g + 1) * reads)
-                yield Block(slice(o, end), inputs, slice(g, g + 1))
+                blocks.append(Block(slice(o, end), inputs, slice(g, g + 1)))
+    return tuple(blocks)
+
+
+def channels(tensor: Tensor, some: slice) -> Tensor:
+    """``tensor[:, some]``, without the cost of a view where that is all of it."""
+    return tensor if some.stop - some.start == tensor.shape[1] else tensor[:, some]
 
 
 def resolve_geometry(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions
+from .geometry import channels
+from .precision import as_type
 from .workspace import workspace
 
 
@@ -29,7 +31,7 @@ def column_scale(attentions: Attentions, groups: int) -> Tensor:
     channel, spatial = attentions.channel, attentions.spatial
     batch = channel.shape[0]
     if spatial is not None:
-        channel = channel[:, :, None] * spatial[:, None, :]
+        channel = channel.unsqueeze(2) * spatial.unsqueeze(1)
     return channel.reshape(batch, groups, -1)
 
 
@@ -38,10 +40,10 @@ def column_scale_backward(grad: Tensor, attentions: Attentions) -> tuple[Tensor,
     channel, spatial = attentions.channel, attentions.spatial
     grad = grad.reshape(*channel.shape, -1)
     if spatial is None:
-        return grad[..., 0].to(channel.dtype), None
+        return as_type(grad[..., 0], channel.dtype), None
     return (
-        (grad * spatial[:, None, :]).sum(2).to(channel.dtype),
-        (grad * channel[:, :, None]).sum(1).to(spatial.dtype),
+        as_type((grad * spatial[:, None, :]).sum(2), channel.dtype),
+        as_type((grad * channel[:, :, None]).sum(1), spatial.dtype),
     )
 
 
@@ -62,12 +64,12 @@ def mix_rows(bank: Tensor, kernel: Tensor | None, rows: slice) -> Tensor:
         Tensor: Shape (B, rows, columns), until the next call; without ``kernel`` the rows of the
         bank itself, shape (1, rows, columns).
     """
-    part = bank[:, rows]
+    part = channels(bank, rows)
     if kernel is None:
         return part
     flat = part.flatten(1)
     mixed = workspace('mixture', (len(kernel), flat.shape[1]), bank)
-    torch.mm(kernel.to(bank.dtype), flat, out=mixed)
+    torch.mm(as_type(kernel, bank.dtype), flat, out=mixed)
     return mixed.view(-1, *part.shape[1:])
 
 
@@ -93,6 +95,6 @@ def mix_rows_backward(
         return
     flat = grad.flatten(1)
     if grad_bank is not None:
-        torch.mm(kernel.to(bank.dtype).t(), flat, out=grad_bank[:, rows].flatten(1))
+        torch.mm(as_type(kernel, bank.dtype).t(), flat, out=channels(grad_bank, rows).flatten(1))
     if grad_kernel is not None:
-        grad_kernel += flat @ bank[:, rows].flatten(1).t()
+        grad_kernel += flat @ channels(bank, rows).flatten(1).t()

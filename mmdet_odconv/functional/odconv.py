@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions
-from .autocast import without_autocast
 from .choice import BLOCK_BYTES, STRATEGIES, choose, fastest
 from .geometry import Geometry, resolve_geometry
 from .gradients import Needed
 from .mixture import column_scale_backward
+from .precision import without_autocast
 from .strategies import columns, formula, kernels, shared
 
 _BY_NAME: dict[str, Any] = {'kernels': kernels, 'columns': columns, 'shared': shared}
@@ -62,10 +62,11 @@ def odconv(
     autocast = torch.is_autocast_enabled(device)
     if autocast and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(device))
-    name = choose(strategy, x, bank, attentions, geometry)
+    training = _needs_gradients(x, bank, *attentions)
+    name = choose(strategy, x, bank, geometry, training)
     if name == 'benchmark':
-        name = _measured_choice(x, bank, attentions, geometry)
-    y = _compute(name, x, bank, attentions, geometry)
+        name = _measured_choice(x, bank, attentions, geometry, training)
+    y = _compute(name, x, bank, attentions, geometry, training)
     if bias is None:
         return y
     bias = bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.stride))
@@ -73,21 +74,22 @@ def odconv(
 
 
 def _compute(
-    name: str, x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry
+    name: str, x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry, training: bool
 ) -> Tensor:
     """The convolution by the strategy ``name``, without its bias."""
     if name == 'formula':
         return formula.forward(x, bank, attentions, geometry)
-    if _needs_gradients(x, bank, *attentions):
+    if training:
         return _ODConv.apply(name, geometry, x, bank, *attentions)
     with without_autocast(x.device.type):
         return _BY_NAME[name].forward(x, bank, attentions, geometry, BLOCK_BYTES[name])
 
 
-def _measured_choice(x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry) -> str:
+def _measured_choice(
+    x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry, training: bool
+) -> str:
     """The fastest strategy for this shape, with the backward pass where there will be one."""
     inputs = (x, bank, *attentions)
-    training = _needs_gradients(*inputs)
     needed = tuple(t is not None and t.requires_grad for t in inputs) if training else ()
     key = (x.shape, bank.shape, x.dtype, bank.dtype, x.device, geometry, needed)
     candidates = [n for n in STRATEGIES if n != 'shared' or attentions.kernel is None]
@@ -99,7 +101,8 @@ def _measured_choice(x: Tensor, bank: Tensor, attentions: Attentions, geometry: 
             for t in inputs
         ]
         with torch.set_grad_enabled(training):
-            y = _compute(name, copies[0], copies[1], Attentions(*copies[2:]), geometry)
+            given = Attentions(*copies[2:])
+            y = _compute(name, copies[0], copies[1], given, geometry, training)
             if training:
                 leaves = [t for t in copies if t is not None and t.requires_grad]
                 torch.autograd.grad(y.sum(), leaves)

@@ -25,11 +25,11 @@ def workspace(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
     if like.device.type != 'cpu':
         return like.new_empty(shape)
     numel = math.prod(shape)
-    slot = f'{name} {like.dtype}'
-    memory = _of_thread.__dict__.get(slot)
+    memories = _of_thread.__dict__.setdefault(name, {})
+    memory = memories.get(like.dtype)
     if memory is None or memory.numel() < numel:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             memory = torch.empty(numel, dtype=like.dtype)
-        _of_thread.__dict__[slot] = memory
+        memories[like.dtype] = memory
     return memory[:numel].view(shape)

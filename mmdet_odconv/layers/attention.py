@@ -18,13 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import (
     Attentions,
+    JoinedHeads,
     attentions_from_logits,
     global_average_pool,
-    lay_out_consecutively,
     linear_heads,
     sigmoid_attention,
-    without_autocast,
 )
+from ..functional.precision import as_type, without_autocast
 
 
 class ODConvAttention(nn.Module):
@@ -94,7 +94,7 @@ class ODConvAttention(nn.Module):
         width = max(int(in_channels * reduction), min_attention_channels)
         positions = math.prod(kernel_size)
         depthwise = groups == in_channels == out_channels
-        pointwise = partial(PointwiseConv, ndim=len(kernel_size), device=device, dtype=dtype)
+        pointwise = partial(PointwiseParameters, ndim=len(kernel_size), device=device, dtype=dtype)
 
         self.fc = pointwise(in_channels, width, bias=False)
         self.bn = nn.Identity() if norm_cfg is None else build_norm_layer(norm_cfg, width)[1]
@@ -105,7 +105,7 @@ class ODConvAttention(nn.Module):
         self.kernel_fc = None if kernel_num == 1 else pointwise(width, kernel_num)
         heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
         self._sizes = [0 if head is None else len(head.weight) for head in heads]
-        self._lay_out_heads()
+        self._joined = JoinedHeads(*self._head_parameters())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -162,45 +162,48 @@ class ODConvAttention(nn.Module):
     def forward(self, x: Tensor) -> Attentions:
         """The attentions of each sample of ``x``, shape (B, C_in, *size); float32 or wider."""
         with without_autocast(x.device.type):
-            pooled = global_average_pool(x).to(self.fc.weight.dtype)
-            h = F.relu(self._normalise(self.fc(pooled)))
-            heads = self._heads()
-            logits = linear_heads(h, [head.weight for head in heads], [head.bias for head in heads])
+            weight = self.fc.weight.flatten(1)
+            pooled = as_type(global_average_pool(x), weight.dtype)
+            h = F.relu(self._normalise(F.linear(pooled, weight)))
+            logits = linear_heads(h, *self._head_parameters(), self._joined)
             return attentions_from_logits(logits, self._sizes, self.temperature)
 
     def _apply(self, *args: Any, **kwargs: Any) -> 'ODConvAttention':
-        # ``to()`` and its kin give each parameter new memory, and so does a copy.
+        # ``to()`` and its kin give each parameter new memory.
         super()._apply(*args, **kwargs)
-        self._lay_out_heads()
+        parameters = self._head_parameters()
+        if not self._joined.hold(*parameters):
+            self._joined = JoinedHeads(*parameters)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has memory of its own.
         super().__setstate__(state)
-        self._lay_out_heads()
+        self._joined = JoinedHeads(*self._head_parameters())
 
-    def _lay_out_heads(self) -> None:
-        """Let the four heads be one matrix, in the memory of their four parameters."""
-        for name in ('weight', 'bias'):
-            lay_out_consecutively([getattr(head, name) for head in self._heads()])
+    def _head_parameters(self) -> tuple[list[Any], list[Any]]:
+        """The weights and the biases of the heads that there are."""
+        heads = self._heads()
+        return [head.weight for head in heads], [head.bias for head in heads]
 
-    def _heads(self) -> list['PointwiseConv']:
-        return [*self._sigmoid_heads(), *([] if self.kernel_fc is None else [self.kernel_fc])]
-
-    def _sigmoid_heads(self) -> list['PointwiseConv']:
-        heads = (self.channel_fc, self.filter_fc, self.spatial_fc)
+    def _heads(self) -> list['PointwiseParameters']:
+        heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
         return [head for head in heads if head is not None]
+
+    def _sigmoid_heads(self) -> list['PointwiseParameters']:
+        return [head for head in self._heads() if head is not self.kernel_fc]
 
     def _normalise(self, h: Tensor) -> Tensor:
         """``self.bn`` on h, shape (B, A), also where a BatchNorm has too few values."""
         norm = self.bn
-        if isinstance(norm, _BatchNorm):
-            if norm.training and h.shape[0] < 2 and not _synchronised(norm):
-                # One value has no variance: such a step uses the running statistics, untouched.
-                return F.batch_norm(
-                    h, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-                )
-            return norm(h[..., None, None]).flatten(1)
-        return norm(h)
+        if not isinstance(norm, _BatchNorm):
+            return norm(h)
+        mean, var = norm.running_mean, norm.running_var
+        # One value has no variance: such a step uses the running statistics, untouched.
+        running = not norm.training or (h.shape[0] < 2 and not _synchronised(norm))
+        if running and mean is not None:
+            return F.batch_norm(h, mean, var, norm.weight, norm.bias, eps=norm.eps)
+        return norm(h[..., None, None]).flatten(1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -218,8 +221,8 @@ class ODConvAttention(nn.Module):
             self.temperature = local_metadata['temperature']
 
 
-class PointwiseConv(nn.Module):
-    """A 1×1 convolution on pooled features: (B, in_channels) to (B, out_channels).
+class PointwiseParameters(nn.Module):
+    """The parameters of a 1×1 convolution on pooled features, which is a matrix product.
 
     Its weight has the shape of a convolution's, (out_channels, in_channels, 1, ...), as in the
     published state dicts. It is no ``nn.Conv2d``: a model's ``init_cfg`` for all Conv2d layers
@@ -256,9 +259,6 @@ class PointwiseConv(nn.Module):
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
 
     def extra_repr(self) -> str:
         out_channels, in_channels = self.weight.shape[:2]

@@ -100,6 +100,12 @@ def test_the_heads_stay_one_product(after):
     assert calls.products == 2  # the squeeze, and the four heads
 
 
+def test_sharing_memory_between_processes_moves_no_head_out_of_it():
+    attention = ODConvAttention(8, 16, (3, 3))
+    attention.share_memory()
+    assert all(parameter.is_shared() for parameter in attention.parameters())
+
+
 def test_mixed_precision_leaves_the_branch_alone():
     attention = ODConvAttention(8, 16, (3, 3), attention_init='published').eval()
     x = torch.randn(2, 8, 4, 4)

@@ -14,6 +14,7 @@ from ..geometry import Block, Geometry, output_blocks
 from ..gradients import Gradients, Needed
 from ..im2col import windows, windows_backward
 from ..mixture import column_scale, mix_rows, mix_rows_backward, rows_within
+from ..precision import as_type
 from ..workspace import workspace
 
 
@@ -40,12 +41,12 @@ def forward(
     blocks = _blocks(x, matrices, geometry, block_bytes)
     for block in blocks:
         rows = block.outputs
-        mixed = mix_rows(matrices, attentions.kernel, rows).to(x.dtype)
+        mixed = as_type(mix_rows(matrices, attentions.kernel, rows), x.dtype)
         part = torch.matmul(mixed, columns[:, block.groups.start])
         if attentions.filter is None:
             y[:, rows] = part
         else:
-            torch.mul(part, attentions.filter[:, rows, None].to(x.dtype), out=y[:, rows])
+            torch.mul(part, as_type(attentions.filter[:, rows, None], x.dtype), out=y[:, rows])
     return y.unflatten(2, seen.shape[2 + bank.dim() - 3 :])
 
 
@@ -80,19 +81,19 @@ def backward(
         grad_rows = grad[:, rows]
         if needed.bank or needed.attentions:
             # The gradient of the mixture, but for f.
-            grad_mixed = _product('gradient', grad_rows, columns[:, group].mT).to(mixed.dtype)
+            grad_mixed = as_type(_product('gradient', grad_rows, columns[:, group].mT), mixed.dtype)
             if grads.filter is not None:
                 product = workspace('product', grad_mixed.shape, grad_mixed)
                 grads.filter[:, rows] = torch.mul(grad_mixed, mixed, out=product).sum(2)
             if f is not None:
-                grad_mixed *= f.to(grad_mixed.dtype)
+                grad_mixed *= as_type(f, grad_mixed.dtype)
             mix_rows_backward(
                 grad_mixed, matrices, attentions.kernel, rows, grads.bank, grads.kernel
             )
         if grad_columns is not None:
             if f is not None:
-                grad_rows = grad_rows * f.to(grad_rows.dtype)
-            kernels = mixed.to(x.dtype).expand(x.shape[0], -1, -1)
+                grad_rows = grad_rows * as_type(f, grad_rows.dtype)
+            kernels = as_type(mixed, x.dtype).expand(x.shape[0], -1, -1)
             grad_columns[:, group].baddbmm_(kernels.mT, grad_rows)
     if grad_columns is None:
         return grads
@@ -112,7 +113,7 @@ def scaled_columns(seen: Tensor, scale: Tensor) -> Tensor:
     """
     # A new tensor of its own: a product would follow the strides of the overlapping windows.
     columns = seen.new_empty(seen.shape)
-    torch.mul(seen, per_window(scale, seen).to(seen.dtype), out=columns)
+    torch.mul(seen, as_type(per_window(scale, seen), seen.dtype), out=columns)
     return columns.view(*scale.shape, -1)
 
 
@@ -123,10 +124,10 @@ def columns_backward(
     grad_scale = None
     if needed.attentions:
         raw = seen.reshape(grad.shape)
-        grad_scale = (grad * raw).sum(3).to(scale.dtype)
+        grad_scale = as_type((grad * raw).sum(3), scale.dtype)
     if not needed.x:
         return None, grad_scale
-    grad *= scale[..., None].to(grad.dtype)
+    grad *= as_type(scale[..., None], grad.dtype)
     return windows_backward(grad.view(seen.shape), x, geometry), grad_scale
 
 

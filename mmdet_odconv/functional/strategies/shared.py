@@ -12,6 +12,7 @@ from ..geometry import Geometry
 from ..gradients import Gradients, Needed
 from ..im2col import windows
 from ..mixture import column_scale
+from ..precision import as_type
 from .columns import columns_backward, per_window
 
 
@@ -33,13 +34,13 @@ def forward(
     ndim = bank.dim() - 3
     seen = windows(x, bank.shape[3:], geometry)
     columns = _side_by_side(seen, column_scale(attentions, geometry.groups))
-    products = torch.bmm(_per_group(bank, geometry).to(x.dtype), columns)
+    products = torch.bmm(as_type(_per_group(bank, geometry), x.dtype), columns)
     y = x.new_empty(x.shape[0], bank.shape[1], *seen.shape[2 + ndim :])
     products = _by_sample(products, y.flatten(2))
     if attentions.filter is None:
         y.flatten(2).copy_(products)
     else:
-        torch.mul(products, attentions.filter[..., None].to(y.dtype), out=y.flatten(2))
+        torch.mul(products, as_type(attentions.filter[..., None], y.dtype), out=y.flatten(2))
     return y
 
 
@@ -62,7 +63,7 @@ def backward(
     seen = windows(x, bank.shape[3:], geometry)
     scale = column_scale(attentions, geometry.groups)
     columns = _side_by_side(seen, scale)
-    matrices = _per_group(bank, geometry).to(x.dtype)
+    matrices = as_type(_per_group(bank, geometry), x.dtype)
     grad = grad.flatten(2)
     # The layout of a product with `columns`.
     grad_products = grad.new_empty(grad.shape[1], grad.shape[0], grad.shape[2])
@@ -75,10 +76,11 @@ def backward(
 
     grad_bank = grad_filter = grad_x = grad_scale = None
     if needed.bank:
-        grad_bank = torch.bmm(grad_products, columns.mT).to(bank.dtype).view(bank.flatten(2).shape)
+        grad_bank = as_type(torch.bmm(grad_products, columns.mT), bank.dtype)
+        grad_bank = grad_bank.view(bank.flatten(2).shape)
     if needed.attentions and f is not None:
         products = _by_sample(torch.bmm(matrices, columns), grad)
-        grad_filter = (products * grad).sum(2).to(f.dtype)
+        grad_filter = as_type((products * grad).sum(2), f.dtype)
     if needed.x or needed.attentions:
         grad_columns = torch.bmm(matrices.mT, grad_products)
         by_sample = grad_columns.view(*grad_columns.shape[:2], x.shape[0], -1).permute(2, 0, 1, 3)
@@ -96,7 +98,7 @@ def _side_by_side(seen: Tensor, scale: Tensor) -> Tensor:
     ndim = seen.dim() // 2 - 1
     batch, kernel, size = seen.shape[0], seen.shape[1 : 2 + ndim], seen.shape[2 + ndim :]
     columns = seen.new_empty(*kernel, batch, *size)
-    torch.mul(seen, per_window(scale, seen).to(seen.dtype), out=columns.movedim(1 + ndim, 0))
+    torch.mul(seen, as_type(per_window(scale, seen), seen.dtype), out=columns.movedim(1 + ndim, 0))
     return columns.view(*scale.shape[1:], -1)
 
 

@@ -1,8 +1,14 @@
-"""Automatic mixed precision, switched off where a function minds the types itself."""
+"""Types of tensors, and automatic mixed precision where a function minds the types itself."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+
+
+def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the cost of a call where it has that type."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
