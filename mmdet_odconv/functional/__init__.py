@@ -3,13 +3,13 @@
 from .attention import (
     Attentions,
     attentions_from_logits,
-    global_average_pool,
     sigmoid_attention,
     softmax_attention,
 )
 from .choice import STRATEGIES, check_strategy
 from .heads import JoinedHeads, linear_heads
 from .odconv import odconv
+from .pool import global_average_pool, pool_beside
 from .static_weight import bank_from_static_weight
 from .strategies.formula import mix_kernel_bank
 from .temperature import annealed_temperature
@@ -26,6 +26,7 @@ __all__ = [
     'linear_heads',
     'mix_kernel_bank',
     'odconv',
+    'pool_beside',
     'sigmoid_attention',
     'softmax_attention',
 ]

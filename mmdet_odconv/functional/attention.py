@@ -32,11 +32,6 @@ class Attentions(NamedTuple):
     kernel: Tensor | None = None
 
 
-def global_average_pool(x: Tensor) -> Tensor:
-    """The mean of each channel over all positions: (B, C, *) to (B, C)."""
-    return x.mean(dim=tuple(range(2, x.dim())))
-
-
 def attentions_from_logits(logits: Tensor, sizes: Sequence[int], temperature: float) -> Attentions:
     """The four attentions from the outputs of their heads.
 

@@ -160,11 +160,16 @@ class ODConvAttention(nn.Module):
         self._temperature = float(value)
 
     def forward(self, x: Tensor) -> Attentions:
-        """The attentions of each sample of ``x``, shape (B, C_in, *size); float32 or wider."""
+        """The attentions of each sample, float32 or wider.
+
+        Args:
+            x (Tensor): Feature maps, shape (B, C_in, *size), or their averages, (B, C_in).
+        """
         with without_autocast(x.device.type):
-            weight = self.fc.weight.flatten(1)
-            pooled = as_type(global_average_pool(x), weight.dtype)
-            h = F.relu(self._normalise(F.linear(pooled, weight)))
+            fc = self.fc
+            weight = fc.weight.flatten(1)
+            pooled = as_type(global_average_pool(x) if x.dim() > 2 else x, weight.dtype)
+            h = F.relu(self._normalise(F.linear(pooled, weight, fc.bias)))
             logits = linear_heads(h, *self._head_parameters(), self._joined)
             return attentions_from_logits(logits, self._sizes, self.temperature)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..functional import bank_from_static_weight, check_strategy, odconv
+from ..functional import bank_from_static_weight, check_strategy, odconv, pool_beside
 from .attention import ODConvAttention
 
 
@@ -185,7 +185,8 @@ class _ODConvNd(nn.Module):
                 f'{type(self).__name__} expects {self.in_channels} input channels, '
                 f'got {x.shape[1]} (shape {tuple(x.shape)})'
             )
-        attentions = self.attention(x)
+        x, pooled = pool_beside(x)
+        attentions = self.attention(pooled)
         padding: Sequence[int] | str = self.padding
         if self.padding_mode != 'zeros':
             x, padding = F.pad(x, self._pad_widths(), mode=self.padding_mode), (0,) * self.ndim

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmdet_odconv.functional import global_average_pool, sigmoid_attention, softmax_attention
+from mmdet_odconv.functional import sigmoid_attention, softmax_attention
 
 
 def test_temperature_divides_the_logits():
@@ -19,9 +19,3 @@ def test_narrow_types_are_computed_in_float32(attention, dtype):
     result = attention(logits, 3.0)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, attention(logits.float(), 3.0))
-
-
-def test_average_pool_takes_any_number_of_dimensions():
-    x = torch.arange(24.0).reshape(1, 2, 3, 4)
-    torch.testing.assert_close(global_average_pool(x), torch.tensor([[5.5, 17.5]]))
-    assert global_average_pool(torch.ones(2, 3, 4)).shape == (2, 3)
