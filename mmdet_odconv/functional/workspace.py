@@ -6,7 +6,6 @@ costs more than to fill them. (PyTorch's CUDA allocator keeps its memory; there 
 
 import math
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,22 +13,30 @@ from torch import Tensor
 _of_thread = threading.local()
 
 
-def workspace(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+def workspace(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Uninitialised memory that the next call with this name, on this thread, overwrites.
 
     Args:
         name (str): What it is for; two that are in use at a time need two names.
-        shape (Sequence[int]): Its shape.
+        shape (tuple[int, ...]): Its shape.
         like (Tensor): Has its type and device.
     """
-    if like.device.type != 'cpu':
-        return like.new_empty(shape)
+    if like.is_cpu:
+        kept = _of_thread.__dict__.setdefault(name, {})
+        view = kept.get((like.dtype, shape))
+        return _kept_view(kept, shape, like.dtype) if view is None else view
+    return like.new_empty(shape)
+
+
+def _kept_view(kept: dict[object, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A view of ``kept``'s memory, which grows if need be; kept there itself for the next call."""
     numel = math.prod(shape)
-    memories = _of_thread.__dict__.setdefault(name, {})
-    memory = memories.get(like.dtype)
-    if memory is None or memory.numel() < numel:
+    memory = kept.get(dtype)
+    if memory is None or memory.numel() < numel or len(kept) > 1000:
+        kept.clear()  # The views keep the memory alive.
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            memory = torch.empty(numel, dtype=like.dtype)
-        memories[like.dtype] = memory
-    return memory[:numel].view(shape)
+            memory = kept[dtype] = torch.empty(numel, dtype=dtype)
+    with torch.inference_mode(False):
+        kept[dtype, shape] = memory[:numel].view(shape)
+    return kept[dtype, shape]

@@ -169,7 +169,7 @@ class ODConvAttention(nn.Module):
             fc = self.fc
             weight = fc.weight.flatten(1)
             pooled = as_type(global_average_pool(x) if x.dim() > 2 else x, weight.dtype)
-            h = F.relu(self._normalise(F.linear(pooled, weight, fc.bias)))
+            h = torch.relu(self._normalise(F.linear(pooled, weight, fc.bias)))
             logits = linear_heads(h, *self._head_parameters(), self._joined)
             return attentions_from_logits(logits, self._sizes, self.temperature)
 
