@@ -148,16 +148,20 @@ def _row_scale(f: Tensor, block: Block) -> Tensor:
 def _scales_backward(
     product: Tensor, scale: Tensor, attentions: Attentions, block: Block, grads: Gradients
 ) -> None:
-    """Gradients of c ⊗ s and f from the kernels times their gradients, neither yet scaled."""
+    """Gradients of c ⊗ s and f from the kernels times their gradients, neither yet scaled.
+
+    ``product`` is overwritten.
+    """
     assert grads.columns is not None
     if attentions.filter is None:
         grads.columns[:, block.groups] += product.sum(2)
         return
     rows = as_type(_row_scale(attentions.filter, block), product.dtype)
-    columns = as_type(channels(scale, block.groups).unsqueeze(3), product.dtype)
+    columns = as_type(channels(scale, block.groups).unsqueeze(2), product.dtype)
     grads.columns[:, block.groups] += (rows.transpose(2, 3) @ product)[:, :, 0]
     if grads.filter is not None:
-        grads.filter[:, block.outputs] = (product @ columns).flatten(1)
+        # A product with a single column would take many times as long.
+        grads.filter[:, block.outputs] = product.mul_(columns).sum(3).flatten(1)
 
 
 def _by_matmul(kernels: Tensor, kernel_size: torch.Size, geometry: Geometry) -> bool:
