@@ -13,11 +13,16 @@ from torch import Tensor
 from ..attention import Attentions
 from ..geometry import Block, Geometry, channels, output_blocks
 from ..gradients import Gradients, Needed
+from ..im2col import windows
 from ..mixture import column_scale, mix_rows, mix_rows_backward, rows_within
 from ..precision import as_type
 from ..workspace import workspace
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+# Output positions up to which a product with the windows gives the kernels' gradient faster than
+# the convolution's own backward pass: 256→256 3×3 at 14×14, batch 8, takes 13 ms instead of 31.
+_MOST_WINDOWS = 512
 
 
 def forward(
@@ -204,14 +209,12 @@ def _convolve_backward(
     batch = x.shape[0]
     grad, part = channels(grad, block.outputs), channels(x, block.inputs)
     if _by_matmul(kernels, kernel_size, geometry):
-        grad, part = grad.flatten(2), part.flatten(2)
-        grad_x = torch.bmm(kernels[:, 0].mT, grad) if x_needed else None
-        grad_kernels = torch.bmm(grad, part.mT) if kernels_needed else None
-        return None if grad_x is None else grad_x.view(
-            part.shape[0], -1, *x.shape[2:]
-        ), grad_kernels
+        grad_x = torch.bmm(kernels[:, 0].mT, grad.flatten(2)) if x_needed else None
+        grad_kernels = _product(grad, part.flatten(2)) if kernels_needed else None
+        return None if grad_x is None else grad_x.view(part.shape), grad_kernels
+    by_windows = kernels.shape[1] == 1 and math.prod(grad.shape[2:]) <= _MOST_WINDOWS
     weight, tall = _tall(x, kernels, kernel_size, block)
-    grad_tall, grad_weight, _ = torch.ops.aten.convolution_backward(
+    grad_tall, grad_kernels, _ = torch.ops.aten.convolution_backward(
         grad.reshape(1, -1, *grad.shape[2:]),
         tall,
         weight,
@@ -222,9 +225,19 @@ def _convolve_backward(
         False,
         (0,) * len(kernel_size),
         batch * kernels.shape[1],
-        (x_needed, kernels_needed, False),
+        (x_needed, kernels_needed and not by_windows, False),
     )
-    return None if grad_tall is None else grad_tall.view(part.shape), grad_weight
+    if kernels_needed and by_windows:
+        seen = windows(part, kernel_size, geometry)
+        grad_kernels = _product(grad, seen.reshape(batch, kernels.shape[3], -1))
+    return None if grad_tall is None else grad_tall.view(part.shape), grad_kernels
+
+
+def _product(grad: Tensor, columns: Tensor) -> Tensor:
+    """Gradient of each sample's kernels from that of its output and what they were applied to."""
+    rows = grad.flatten(2)
+    out = workspace('gradient', (rows.shape[0], rows.shape[1], columns.shape[1]), rows)
+    return torch.bmm(rows, columns.mT, out=out)
 
 
 def _tall(
