@@ -4,21 +4,35 @@ Networks take turns within each round, after a round that does not count; the fi
 and their ratios to the plain network's are what to compare.
 
     python tools/benchmark.py --table               # backbones, against the targets
+    python tools/benchmark.py --detectors           # whole detectors
     python tools/benchmark.py --layers              # the layers of ResNet-50, one by one
     python tools/benchmark.py --growth              # over K, batch and image side
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import platform
+import re
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from mmdet.models import BaseDetector
 from mmdet.models.backbones import MobileNetV2, ResNet
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,17 +40,24 @@ from torch import Tensor, nn
 from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet
 from mmdet_odconv.functional import Attentions
 
+VARIANTS = ('plain', 'published', 'ours')
 BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = {
     'ResNet-50': (ResNet, ODResNet, dict(depth=50, norm_eval=False)),
     'MobileNetV2': (MobileNetV2, ODMobileNetV2, {}),
 }
+CONFIGS = Path(__file__).parents[1] / 'configs/odconv'
+DETECTORS = {
+    'RetinaNet ResNet-50': 'retinanet_od_r50.py',
+    'Faster R-CNN ResNet-50': 'faster-rcnn_od_r50.py',
+    'RetinaNet MobileNetV2': 'retinanet_od_mobilenetv2.py',
+}
 
 
 class Case(NamedTuple):
-    """One row of the table: a task, its size, and the ratio to reach."""
+    """One row of a table: a task, its size, and the ratio to reach."""
 
     task: str
-    backbone: str
+    network: str
     batch: int
     side: int
     kernel_num: int
@@ -52,6 +73,8 @@ TABLE = (
     Case('training', 'ResNet-50', 2, 640, 4, 1.06),
     Case('saved bytes', 'ResNet-50', 2, 640, 4, 1.03),
     Case('saved bytes', 'ResNet-50', 8, 224, 4, 1.03),
+    Case('peak memory', 'ResNet-50', 2, 640, 4),
+    Case('peak memory', 'ResNet-50', 8, 224, 4),
     Case('inference', 'ResNet-50', 1, 640, 1, 1.05),
     Case('inference', 'ResNet-50', 2, 640, 1, 1.05),
     Case('inference', 'ResNet-50', 1, 224, 1, 1.15),
@@ -66,8 +89,14 @@ TABLE = (
 )
 GROWTH = (
     *(Case('inference', 'ResNet-50', 2, 224, k) for k in (1, 2, 4, 8, 16)),
-    *(Case('inference', 'ResNet-50', b, 224, 4) for b in (1, 4, 8, 16, 32)),
+    *(Case('inference', 'ResNet-50', b, 224, 4) for b in (1, 2, 4, 8, 16, 32)),
     *(Case('inference', 'ResNet-50', 1, side, 4) for side in (224, 384, 512, 640, 800, 1024)),
+    *(Case('training', 'ResNet-50', 2, 224, k) for k in (1, 2, 4, 8, 16)),
+)
+WHOLE = tuple(
+    Case(task, network, batch, 640, 4)
+    for network in DETECTORS
+    for task, batch in (('inference', 1), ('training', 2), ('peak memory', 2))
 )
 
 
@@ -80,7 +109,7 @@ def published_formula(
     x = (x * channel[:, :, None, None]).reshape(1, -1, *x.shape[2:])
     weights = bank.unsqueeze(0)
     if spatial is not None:
-        weights = weights * spatial.view(batch, 1, 1, 1, *bank.shape[3:])
+        weights = weights * spatial.reshape(batch, 1, 1, 1, *bank.shape[3:])
     if kernel is not None:
         weights = weights * kernel.view(batch, -1, 1, 1, 1, 1)
     weights = weights.expand(batch, *weights.shape[1:]).sum(1).flatten(0, 1)
@@ -102,17 +131,14 @@ def main() -> None:
     args = parse_args()
     console = Console()
     console.print(f'{processor(args.device)}, torch {torch.__version__}')
-    if args.layers:
-        results = [layer_result(case, args) for case in resnet50_layers()]
-    else:
-        cases = GROWTH if args.growth else TABLE
-        results = []
-        for case in cases:
-            results.append(backbone_result(case, args))
-            console.print(results[-1])
+    cases = {'table': TABLE, 'detectors': WHOLE, 'growth': GROWTH, 'layers': layer_grid()}
+    results = []
+    for case in cases[args.what]:
+        results.append(layer_row(case, args) if isinstance(case, LayerCase) else row(case, args))
+        console.print(' '.join(map(shown, results[-1].values())), highlight=False)
     table = Table(*results[0])
     for result in results:
-        table.add_row(*(f'{v:.3f}' if isinstance(v, float) else str(v) for v in result.values()))
+        table.add_row(*map(shown, result.values()))
     console.print(table)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,9 +149,13 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--table', action='store_true', help='backbones, against the targets')
-    what.add_argument('--layers', action='store_true', help='the layers of ResNet-50')
-    what.add_argument('--growth', action='store_true', help='over K, batch and image side')
+    for name, text in {
+        'table': 'backbones, against the targets',
+        'detectors': 'whole detectors',
+        'layers': 'the layers of ResNet-50',
+        'growth': 'over K, batch and image side',
+    }.items():
+        what.add_argument(f'--{name}', dest='what', action='store_const', const=name, help=text)
     parser.add_argument('--device', default='cpu', help='device (default: cpu)')
     parser.add_argument('--rounds', type=int, default=7, help='rounds that count (default: 7)')
     parser.add_argument(
@@ -138,82 +168,123 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def backbone_result(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """A backbone's row: ratios of the published formula and of this package to plain."""
-    plain_type, dynamic_type, options = BACKBONES[case.backbone]
-    torch.manual_seed(0)
-    published = dynamic_type(kernel_num=case.kernel_num, **options)
-    for module in published.modules():
-        if type(module) is ODConv2d:
-            module.__class__ = PublishedODConv2d
-    ours = dynamic_type(
-        kernel_num=case.kernel_num, odconv_cfg=dict(strategy=args.strategy), **options
-    )
-    networks = {'plain': plain_type(**options), 'published': published, 'ours': ours}
-    for network in networks.values():
-        network.to(args.device).train(case.task != 'inference')
-    x = torch.randn(case.batch, 3, case.side, case.side, device=args.device)
-    if case.task == 'saved bytes':
-        values = {name: float(saved_bytes(network, x)) for name, network in networks.items()}
+def shown(value: Any) -> str:
+    return f'{value:.3f}' if isinstance(value, float) else '' if value is None else str(value)
+
+
+def row(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """A network's row: ratios of the published formula and of this package to plain."""
+    if case.task == 'peak memory':
+        values = {variant: peak_memory(case, variant, args) for variant in VARIANTS}
     else:
-        step = infer if case.task == 'inference' else train
-        values = medians(
-            {name: lambda network=n: step(network, x) for name, n in networks.items()}, args
-        )
+        x = image(case, args.device)
+        networks = {variant: build(case, variant, args) for variant in VARIANTS}
+        if case.task == 'saved bytes':
+            values = {name: float(saved_bytes(network, x)) for name, network in networks.items()}
+        else:
+            step = infer if case.task == 'inference' else train
+            values = medians({name: partial(step, n, x) for name, n in networks.items()}, args)
     return {
         'task': case.task,
-        'backbone': case.backbone,
+        'network': case.network,
         'input': f'{case.batch}×3×{case.side}×{case.side}',
         'K': case.kernel_num,
-        'plain': values['plain'],
-        'published / plain': values['published'] / values['plain'],
-        'ours / plain': values['ours'] / values['plain'],
+        **ratios(values),
         'target': case.target,
     }
 
 
-class Layer(NamedTuple):
-    """A convolution of ResNet-50 at 224²."""
+def ratios(values: dict[str, float]) -> dict[str, float]:
+    """Plain in seconds or bytes, and the others in units of it."""
+    plain = values['plain']
+    return {
+        'plain': plain,
+        'published / plain': values['published'] / plain,
+        'ours / plain': values['ours'] / plain,
+    }
 
+
+def build(case: Case, variant: str, args: argparse.Namespace) -> nn.Module:
+    """The network of ``case`` as one of ``VARIANTS``, in the mode that its task needs."""
+    odconv = dict(kernel_num=case.kernel_num, odconv_cfg=dict(strategy=args.strategy))
+    torch.manual_seed(0)
+    if case.network in BACKBONES:
+        plain, dynamic, options = BACKBONES[case.network]
+        network = plain(**options) if variant == 'plain' else dynamic(**options, **odconv)
+    else:
+        config = Config.fromfile(CONFIGS / DETECTORS[case.network])
+        init_default_scope('mmdet')
+        backbone = config.model.backbone
+        if variant == 'plain':
+            backbone.type = backbone.type.removeprefix('OD')
+            backbone.pop('kernel_num')
+        else:
+            backbone.update(odconv)
+        network = MODELS.build(config.model)
+    if variant == 'published':
+        for module in network.modules():
+            if type(module) is ODConv2d:
+                module.__class__ = PublishedODConv2d
+    network.to(args.device).train(case.task != 'inference')
+    return network
+
+
+def image(case: Case, device: str) -> Tensor:
+    return torch.randn(case.batch, 3, case.side, case.side, device=device)
+
+
+class LayerCase(NamedTuple):
+    """A convolution of ResNet-50 at 224², and what is done with it."""
+
+    task: str
     in_channels: int
     out_channels: int
     kernel_size: int
     side: int
+    batch: int
+    kernel_num: int
 
 
-def resnet50_layers() -> list[Layer]:
-    """One of each kind of layer in each stage."""
-    layers = []
-    for width, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
-        layers.append(Layer(4 * width, width, 1, side))
-        layers.append(Layer(width, width, 3, side))
-        layers.append(Layer(width, 4 * width, 1, side))
-    return layers
+def layer_grid() -> list[LayerCase]:
+    """One of each kind of layer in each stage, by task, K and batch."""
+    stages = ((64, 56), (128, 28), (256, 14), (512, 7))
+    return [
+        LayerCase(task, *layer, side, batch, kernel_num)
+        for task, kernel_num, batch in itertools.product(('inference', 'training'), (1, 4), (1, 8))
+        for width, side in stages
+        for layer in ((4 * width, width, 1), (width, width, 3), (width, 4 * width, 1))
+    ]
 
 
-def layer_result(layer: Layer, args: argparse.Namespace, batch: int = 8) -> dict[str, Any]:
-    """A layer's row: a training step at K = 4, batch 8."""
-    c_in, c_out, size, side = layer
+def layer_row(case: LayerCase, args: argparse.Namespace) -> dict[str, Any]:
+    c_in, c_out, size, side = case[1:5]
+    conv = partial(nn.Conv2d, c_in, c_out, size, padding=size // 2, bias=False)
+    odconv = dict(padding=size // 2, bias=False, kernel_num=case.kernel_num)
     networks = {
-        'plain': nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False),
-        'published': PublishedODConv2d(c_in, c_out, size, padding=size // 2, bias=False),
-        'ours': ODConv2d(c_in, c_out, size, padding=size // 2, bias=False, strategy=args.strategy),
+        'plain': conv(),
+        'published': PublishedODConv2d(c_in, c_out, size, **odconv),
+        'ours': ODConv2d(c_in, c_out, size, strategy=args.strategy, **odconv),
     }
-    x = torch.randn(batch, c_in, side, side, device=args.device, requires_grad=True)
+    training = case.task == 'training'
+    x = torch.randn(case.batch, c_in, side, side, device=args.device, requires_grad=training)
     for network in networks.values():
-        network.to(args.device)
-    values = medians({n: lambda network=m: train(network, x) for n, m in networks.items()}, args)
+        network.to(args.device).train(training)
+    step = train if training else infer
     return {
+        'task': case.task,
         'layer': f'{c_in}→{c_out} {size}×{size} at {side}×{side}',
-        'plain': values['plain'],
-        'published / plain': values['published'] / values['plain'],
-        'ours / plain': values['ours'] / values['plain'],
+        'batch': case.batch,
+        'K': case.kernel_num,
+        **ratios(medians({name: partial(step, n, x) for name, n in networks.items()}, args)),
     }
 
 
 def infer(network: nn.Module, x: Tensor) -> None:
     with torch.inference_mode():
-        network(x)
+        if isinstance(network, BaseDetector):
+            network.predict(x, samples(x), rescale=False)
+        else:
+            network(x)
 
 
 def train(network: nn.Module, x: Tensor) -> None:
@@ -221,9 +292,31 @@ def train(network: nn.Module, x: Tensor) -> None:
     for parameter in network.parameters():
         parameter.grad = None
     x.grad = None
-    outputs = network(x)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.autograd.backward([y.mean() for y in outputs])
+    if isinstance(network, BaseDetector):
+        loss = network.parse_losses(network.loss(x, samples(x)))[0]
+    else:
+        outputs = network(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum((y.mean() for y in outputs), torch.zeros((), device=x.device))
+    loss.backward()
+
+
+def samples(x: Tensor) -> list[DetDataSample]:
+    """What a detector must know of each image of ``x``: its size, and for training eight boxes."""
+    size = tuple(x.shape[2:])
+    corners = torch.arange(8, device=x.device)[:, None] * size[0] / 16.0
+    boxes = torch.cat([corners, corners, corners + size[0] / 4, corners + size[0] / 4], 1)
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1, 1),
+        ),
+        gt_instances=InstanceData(bboxes=boxes, labels=torch.arange(8, device=x.device)),
+    )
+    return [sample] * len(x)
 
 
 def medians(runs: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, float]:
@@ -257,6 +350,39 @@ def saved_bytes(network: nn.Module, x: Tensor) -> int:
     total = sum(storage.nbytes() for storage in storages.values())
     del outputs
     return total
+
+
+def peak_memory(case: Case, variant: str, args: argparse.Namespace) -> float:
+    """Bytes that a training step takes at most, beyond the network and its input."""
+    if torch.device(args.device).type == 'cuda':
+        network, x = build(case, variant, args), image(case, args.device)
+        torch.cuda.reset_peak_memory_stats(args.device)
+        before = torch.cuda.memory_allocated(args.device)
+        train(network, x)
+        return float(torch.cuda.max_memory_allocated(args.device) - before)
+    # The peak of a process never falls: each network needs a new one.
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(peak_of_this_process, case, variant, args).result()
+
+
+def peak_of_this_process(case: Case, variant: str, args: argparse.Namespace) -> float:
+    network, x = build(case, variant, args), image(case, args.device)
+    before = peak_resident()
+    train(network, x)
+    return peak_resident() - before
+
+
+def peak_resident() -> float:
+    """Bytes of memory that this process has held at most."""
+    status = Path('/proc/self/status')
+    if status.exists():
+        # getrusage's figure would include that of the process that started this one.
+        found = re.search(r'VmHWM:\s*(\d+) kB', status.read_text())
+        if found:
+            return float(found[1]) * 1024
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def wait(device: str) -> None:
