@@ -18,7 +18,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .conversion.selection import PatternError
+from .conversion.errors import ConversionError
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -87,11 +87,11 @@ def build_runner(config: Config) -> Runner:
     """The runner that the config asks for.
 
     Raises:
-        SystemExit: A pattern of ``model.odconv`` is wrong; the message has near names.
+        SystemExit: An argument of ``model.odconv`` is wrong; the message has near names.
     """
     try:
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
-    except PatternError as error:
+    except ConversionError as error:
         raise SystemExit(f'model.odconv: {error}') from error
 
 

@@ -105,9 +105,19 @@ def test_a_missing_base_is_named(tmp_path):
         cli.load_config(str(path))
 
 
-def test_a_pattern_that_matches_nothing_is_answered_with_near_names(tmp_path):
+@pytest.mark.parametrize(
+    ('argument', 'value', 'message'),
+    [
+        ('include', 'backbone.stage5', 'include .*near names: backbone.stage4'),
+        ('kernel_nums', 4, "no argument 'kernel_nums'; is it 'kernel_num'"),
+        ('kernel_num', 0, 'kernel_num must be at least 1, got 0'),
+    ],
+)
+def test_a_wrong_argument_of_the_conversion_ends_in_one_sentence(
+    tmp_path, argument, value, message
+):
     config = cli.load_config(str(ROOT / 'configs/odconv/yolox_od_cspdarknet-tiny.py'))
-    config.model.odconv.include = 'backbone.stage5'
+    config.model.odconv[argument] = value
     config.work_dir = str(tmp_path)
-    with pytest.raises(SystemExit, match=r'^model\.odconv: include .*near names: backbone\.stage4'):
+    with pytest.raises(SystemExit, match=rf'^model\.odconv: {message}'):
         cli.build_runner(config)

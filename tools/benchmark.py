@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet
-from mmdet_odconv.functional import Attentions
+from mmdet_odconv.functional import Attentions, record_strategies
 
 VARIANTS = ('plain', 'published', 'ours')
 BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = {
@@ -270,11 +270,14 @@ def layer_row(case: LayerCase, args: argparse.Namespace) -> dict[str, Any]:
     for network in networks.values():
         network.to(args.device).train(training)
     step = train if training else infer
+    with record_strategies() as choices:
+        step(networks['ours'], x)
     return {
         'task': case.task,
         'layer': f'{c_in}→{c_out} {size}×{size} at {side}×{side}',
         'batch': case.batch,
         'K': case.kernel_num,
+        'strategy': choices[0].strategy,
         **ratios(medians({name: partial(step, n, x) for name, n in networks.items()}, args)),
     }
 

@@ -1,10 +1,14 @@
 """Conversion of a built model: plain convolutions become ODConv layers, in place."""
 
+import difflib
+import inspect
 from collections import Counter
 from typing import Any
 
 from torch import nn
 
+from ..layers import ODConv2d
+from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
 from .rules import TWINS, guard, obstacle
@@ -63,9 +67,11 @@ def convert_to_odconv(
         ConversionReport: What was converted, and what was kept and why.
 
     Raises:
-        ValueError: A pattern is no regular expression or matches no convolution (the message has
-            near names), or an argument of ODConv is out of its range. The model is unchanged.
+        ConversionError: A ValueError. A pattern is no regular expression or matches no
+            convolution, or an argument of ODConv is unknown (the message has near names) or out
+            of its range. The model is unchanged.
     """
+    _require_known(odconv_args)
     convolutions = find_convolutions(model)
     names = [site.name for sites in convolutions.values() for site in sites]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -81,9 +87,12 @@ def convert_to_odconv(
             sites, included, excluded, min_channels, tied=id(getattr(conv, 'weight', None)) in tied
         )
         if reason is None:
-            layers[conv] = _odconv_like(
-                conv, kernel_num=kernel_num, reduction=reduction, **odconv_args
-            )
+            try:
+                layers[conv] = _odconv_like(
+                    conv, kernel_num=kernel_num, reduction=reduction, **odconv_args
+                )
+            except ValueError as error:
+                raise ConversionError(str(error)) from error
             converted.append(sites[0].name)
         else:
             kept.append((sites[0].name, reason))
@@ -91,6 +100,17 @@ def convert_to_odconv(
     _replace(model, layers)
     keep_initialisation(model)
     return ConversionReport(converted, kept, before, _count_parameters(model))
+
+
+def _require_known(odconv_args: dict[str, Any]) -> None:
+    """Raise ConversionError for what is no argument of ODConv's own."""
+    conversion = inspect.signature(convert_to_odconv).parameters
+    own = inspect.signature(ODConv2d).parameters.keys() - inspect.signature(nn.Conv2d).parameters
+    known = sorted({*own, *conversion} - {'model', 'odconv_args'})
+    for name in odconv_args.keys() - own:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f'; is it {near[0]!r}?' if near else f'; known are {", ".join(known)}'
+        raise ConversionError(f'there is no argument {name!r}{hint}')
 
 
 def _reason_to_keep(

@@ -4,13 +4,10 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+from .errors import ConversionError
 from .rules import Guard
 
 Patterns = str | Sequence[str]
-
-
-class PatternError(ValueError):
-    """A pattern is no regular expression, or is found in the name of no convolution."""
 
 
 class Selection:
@@ -23,7 +20,7 @@ class Selection:
         modules (Iterable[str]): The names of all modules, for error messages.
 
     Raises:
-        PatternError: A pattern is no regular expression, or is found in the name of no
+        ConversionError: A pattern is no regular expression, or is found in the name of no
             convolution; the message has near names.
     """
 
@@ -40,11 +37,11 @@ class Selection:
             try:
                 pattern = re.compile(text)
             except re.error as error:
-                raise PatternError(
+                raise ConversionError(
                     f'{argument} {text!r} is no regular expression: {error}'
                 ) from error
             if not any(pattern.search(name) for name in names):
-                raise PatternError(
+                raise ConversionError(
                     f'{argument} {text!r} matches the name of no convolution in the model; '
                     + _near(text, modules)
                 )

@@ -6,7 +6,7 @@ from .attention import (
     sigmoid_attention,
     softmax_attention,
 )
-from .choice import STRATEGIES, check_strategy
+from .choice import STRATEGIES, check_strategy, record_strategies
 from .heads import JoinedHeads, linear_heads
 from .odconv import odconv
 from .pool import global_average_pool, pool_beside
@@ -27,6 +27,7 @@ __all__ = [
     'mix_kernel_bank',
     'odconv',
     'pool_beside',
+    'record_strategies',
     'sigmoid_attention',
     'softmax_attention',
 ]

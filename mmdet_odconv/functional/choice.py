@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -75,6 +76,49 @@ RULES = (
 )
 
 _measured: dict[tuple[object, ...], str] = {}
+
+
+class Choice(NamedTuple):
+    """A convolution and how it was computed.
+
+    Attributes:
+        input_shape (tuple[int, ...]): (B, C_in, *size).
+        bank_shape (tuple[int, ...]): (K, C_out, C_in / groups, *kernel_size).
+        training (bool): Whether a backward pass followed.
+        strategy (str): One of ``STRATEGIES``.
+    """
+
+    input_shape: tuple[int, ...]
+    bank_shape: tuple[int, ...]
+    training: bool
+    strategy: str
+
+
+_records: list[list[Choice]] = []
+
+
+@contextmanager
+def record_strategies() -> Iterator[list[Choice]]:
+    """A list that gets the strategy of every convolution computed inside the ``with`` block.
+
+    Example::
+
+        with record_strategies() as choices:
+            model(x)
+        print(*choices, sep='\\n')
+    """
+    record: list[Choice] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
+
+
+def record(x: Tensor, bank: Tensor, training: bool, strategy: str) -> None:
+    """Enter a choice into the lists of :func:`record_strategies`."""
+    for choices in _records:
+        choices.append(Choice(tuple(x.shape), tuple(bank.shape), training, strategy))
 
 
 def check_strategy(strategy: str, kernel_num: int) -> None:

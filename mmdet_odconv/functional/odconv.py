@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions
-from .choice import STRATEGIES, block_bytes, choose, fastest
+from .choice import STRATEGIES, block_bytes, choose, fastest, record
 from .geometry import Geometry, resolve_geometry
 from .gradients import Needed
 from .mixture import column_scale_backward
@@ -66,6 +66,7 @@ def odconv(
     name = choose(strategy, x, bank, geometry, training)
     if name == 'benchmark':
         name = _measured_choice(x, bank, attentions, geometry, training)
+    record(x, bank, training, name)
     y = _compute(name, x, bank, attentions, geometry, training)
     if bias is None:
         return y

@@ -102,10 +102,18 @@ def test_the_arguments_of_odconv_arrive():
     assert isinstance(layer.attention.bn, nn.LayerNorm)
 
 
-def test_a_bad_argument_leaves_the_model_as_it_was():
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        (dict(kernel_num=0), 'kernel_num must be at least 1, got 0'),
+        (dict(reductoin=1), "no argument 'reductoin'; is it 'reduction'"),
+        (dict(stride=2), "no argument 'stride'; known are attention_bias, .*, temperature"),
+    ],
+)
+def test_a_bad_argument_leaves_the_model_as_it_was(argument, message):
     model = chain(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3))
-    with pytest.raises(ValueError, match='kernel_num'):
-        convert_to_odconv(model, kernel_num=0)
+    with pytest.raises(ValueError, match=message):
+        convert_to_odconv(model, **argument)
     assert not odconvs(model)
 
 

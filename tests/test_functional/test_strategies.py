@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet
-from mmdet_odconv.functional import STRATEGIES, Attentions, choice, odconv
+from mmdet_odconv.functional import STRATEGIES, Attentions, choice, odconv, record_strategies
 from tests.conftest import ROOT
 
 SPEC = importlib.util.spec_from_file_location('benchmark', ROOT / 'tools/benchmark.py')
@@ -148,6 +148,21 @@ def test_autocast_gives_what_a_convolution_gives(name):
     for low, full in zip(actual, expected, strict=True):
         error = (low.float() - full).abs().max() / full.abs().max()
         assert error < 0.03
+
+
+def test_choices_can_be_looked_at():
+    layer = ODConv2d(4, 6, 3, kernel_num=2, strategy='columns')
+    x = torch.randn(2, 4, 5, 5)
+    with record_strategies() as choices:
+        layer(x)
+        layer.strategy = 'benchmark'
+        with torch.no_grad():
+            layer(x[:1])
+    layer(x)
+    assert choices[0] == ((2, 4, 5, 5), (2, 6, 4, 3, 3), True, 'columns')
+    assert choices[1][:3] == ((1, 4, 5, 5), (2, 6, 4, 3, 3), False)
+    assert choices[1].strategy in STRATEGIES
+    assert len(choices) == 2
 
 
 def test_an_unknown_strategy_is_named():
