@@ -109,7 +109,7 @@ def test_a_missing_base_is_named(tmp_path):
     ('argument', 'value', 'message'),
     [
         ('include', 'backbone.stage5', 'include .*near names: backbone.stage4'),
-        ('kernel_nums', 4, "no argument 'kernel_nums'; is it 'kernel_num'"),
+        ('kernel_nums', 4, "there is no argument 'kernel_nums'; is it 'kernel_num'"),
         ('kernel_num', 0, 'kernel_num must be at least 1, got 0'),
     ],
 )

@@ -1,7 +1,7 @@
 """Times ODConv against the plain convolutions that it replaces, side by side in one process.
 
 Networks take turns within each round, after a round that does not count. At each turn a network
-runs twice and the second run counts: the first finds caches and memory as another network left them.
+runs twice and the second run counts: the first finds caches and memory as another one left them.
 The figures are medians, and their ratios to the plain network's are what to compare.
 
     python tools/benchmark.py --table               # backbones, against the targets
