@@ -1,8 +1,8 @@
 """Times ODConv against the plain convolutions that it replaces, side by side in one process.
 
 Networks take turns within each round, after a round that does not count. At each turn a network
-runs twice and the second run counts: the first finds caches and memory as another one left them.
-The figures are medians, and their ratios to the plain network's are what to compare.
+runs at least twice and the last run counts: the first finds caches and memory as another one left
+them. The figures are medians, and their ratios to the plain network's are what to compare.
 
     python tools/benchmark.py --table               # backbones, against the targets
     python tools/benchmark.py --detectors           # whole detectors
@@ -328,7 +328,10 @@ def medians(runs: dict[str, Callable[[], None]], args: argparse.Namespace) -> di
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.rounds + 1):
         for name, run in runs.items():
+            warm = time.perf_counter() + 0.2
             run()
+            while time.perf_counter() < warm:
+                run()
             wait(args.device)
             start = time.perf_counter()
             run()
