@@ -83,6 +83,23 @@ def test_equals_the_formula(monkeypatch, name, option, ndim, blocks):
         torch.testing.assert_close(y, expected[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize('name', ['kernels', 'columns'])
+@pytest.mark.parametrize('threads', [1, 2])
+def test_a_single_sample_and_a_large_bank(name, threads):
+    x, bank = torch.randn(1, 1024, 2, 2, dtype=DTYPE), torch.randn(3, 512, 1024, 1, 1, dtype=DTYPE)
+    attentions = Attentions(
+        torch.rand(1, 1024, dtype=DTYPE), torch.rand(1, 512, dtype=DTYPE), None, torch.rand(1, 3)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = odconv(x, bank, attentions, strategy=name)
+    finally:
+        torch.set_num_threads(before)
+    expected = odconv(x, bank, attentions, strategy='formula')
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize('name', FAST)
 def test_zero_attentions_have_gradients(name):
     x, bank, attentions = problem(kernel_num=1)
