@@ -1,6 +1,7 @@
 """Times ODConv against the plain convolutions that it replaces, side by side in one process.
 
-Networks take turns within each round, after a round that does not count. At each turn a network
+Each row is a process of its own: what one leaves in the allocator would change the next. In it,
+networks take turns within each round, after a round that does not count. At each turn a network
 runs at least twice and the last run counts: the first finds caches and memory as another one left
 them. The figures are medians, and their ratios to the plain network's are what to compare.
 
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import platform
 import re
 import resource
@@ -52,6 +54,10 @@ DETECTORS = {
     'Faster R-CNN ResNet-50': 'faster-rcnn_od_r50.py',
     'RetinaNet MobileNetV2': 'retinanet_od_mobilenetv2.py',
 }
+
+
+# For glibc, which else returns large buffers to the system and fetches new pages at each use.
+KEEP_MEMORY = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(1 << 34)}
 
 
 class Case(NamedTuple):
@@ -135,7 +141,8 @@ def main() -> None:
     cases = {'table': TABLE, 'detectors': WHOLE, 'growth': GROWTH, 'layers': layer_grid()}
     results = []
     for case in cases[args.what]:
-        results.append(layer_row(case, args) if isinstance(case, LayerCase) else row(case, args))
+        single = isinstance(case, LayerCase)  # Too small to change the next one's memory.
+        results.append(row(case, args) if single else in_new_process(row, case, args))
         console.print(' '.join(map(shown, results[-1].values())), highlight=False)
     table = Table(*results[0])
     for result in results:
@@ -143,7 +150,11 @@ def main() -> None:
     console.print(table)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {'processor': processor(args.device), 'torch': torch.__version__}
+        report = {
+            'processor': processor(args.device),
+            'torch': torch.__version__,
+            'keep_memory': args.keep_memory,
+        }
         args.out.write_text(json.dumps(report | {'results': results}, indent=1))
 
 
@@ -163,7 +174,14 @@ def parse_args() -> argparse.Namespace:
         '--strategy', default='auto', help="strategy of the layers (default: 'auto')"
     )
     parser.add_argument('--out', type=Path, help='JSON file to write')
+    parser.add_argument(
+        '--keep-memory',
+        action='store_true',
+        help='let the C library (glibc) keep what is freed, as other allocators do',
+    )
     args = parser.parse_args()
+    if args.keep_memory:
+        os.environ |= KEEP_MEMORY
     if args.rounds < 1:
         parser.error(f'--rounds must be at least 1, got {args.rounds}')
     return args
@@ -173,8 +191,16 @@ def shown(value: Any) -> str:
     return f'{value:.3f}' if isinstance(value, float) else '' if value is None else str(value)
 
 
-def row(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """A network's row: ratios of the published formula and of this package to plain."""
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def row(case: 'Case | LayerCase', args: argparse.Namespace) -> dict[str, Any]:
+    """Ratios of the published formula and of this package to plain."""
+    if isinstance(case, LayerCase):
+        return layer_row(case, args)
     if case.task == 'peak memory':
         values = {variant: peak_memory(case, variant, args) for variant in VARIANTS}
     else:
@@ -369,9 +395,7 @@ def peak_memory(case: Case, variant: str, args: argparse.Namespace) -> float:
         train(network, x)
         return float(torch.cuda.max_memory_allocated(args.device) - before)
     # The peak of a process never falls: each network needs a new one.
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peak_of_this_process, case, variant, args).result()
+    return in_new_process(peak_of_this_process, case, variant, args)
 
 
 def peak_of_this_process(case: Case, variant: str, args: argparse.Namespace) -> float:
