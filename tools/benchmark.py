@@ -175,6 +175,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--out', type=Path, help='JSON file to write')
     parser.add_argument(
+        '--without-published',
+        action='store_true',
+        help='leave out the published formula, which takes most of the time',
+    )
+    parser.add_argument(
         '--keep-memory',
         action='store_true',
         help='let the C library (glibc) keep what is freed, as other allocators do',
@@ -202,10 +207,10 @@ def row(case: 'Case | LayerCase', args: argparse.Namespace) -> dict[str, Any]:
     if isinstance(case, LayerCase):
         return layer_row(case, args)
     if case.task == 'peak memory':
-        values = {variant: peak_memory(case, variant, args) for variant in VARIANTS}
+        values = {variant: peak_memory(case, variant, args) for variant in variants(args)}
     else:
         x = image(case, args.device)
-        networks = {variant: build(case, variant, args) for variant in VARIANTS}
+        networks = {variant: build(case, variant, args) for variant in variants(args)}
         if case.task == 'saved bytes':
             values = {name: float(saved_bytes(network, x)) for name, network in networks.items()}
         else:
@@ -221,14 +226,14 @@ def row(case: 'Case | LayerCase', args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def variants(args: argparse.Namespace) -> list[str]:
+    return [v for v in VARIANTS if v != 'published' or not args.without_published]
+
+
 def ratios(values: dict[str, float]) -> dict[str, float]:
     """Plain in seconds or bytes, and the others in units of it."""
-    plain = values['plain']
-    return {
-        'plain': plain,
-        'published / plain': values['published'] / plain,
-        'ours / plain': values['ours'] / plain,
-    }
+    plain = values.pop('plain')
+    return {'plain': plain} | {f'{name} / plain': value / plain for name, value in values.items()}
 
 
 def build(case: Case, variant: str, args: argparse.Namespace) -> nn.Module:
@@ -292,6 +297,8 @@ def layer_row(case: LayerCase, args: argparse.Namespace) -> dict[str, Any]:
         'published': PublishedODConv2d(c_in, c_out, size, **odconv),
         'ours': ODConv2d(c_in, c_out, size, strategy=args.strategy, **odconv),
     }
+    if args.without_published:
+        del networks['published']
     training = case.task == 'training'
     x = torch.randn(case.batch, c_in, side, side, device=args.device, requires_grad=training)
     for network in networks.values():

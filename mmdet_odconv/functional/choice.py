@@ -54,7 +54,7 @@ class Rule(NamedTuple):
 
 
 # The first that applies. Measured layer by layer on the shapes of a ResNet-50 at 224² and 640²,
-# batch 1, 2 and 8, K = 1 and 4, forward and backward, on one core of an AMD EPYC (Zen 3); times
+# batch 1, 2 and 8, K = 1 and 4, forward and backward, on two cores of an AMD EPYC (Zen 3); times
 # are those of a plain convolution of the same shape.
 RULES = (
     # Not measured on an accelerator: the form with the fewest calls. 'benchmark' finds out.
@@ -67,11 +67,11 @@ RULES = (
         'shared',
         lambda work: work.kernel_num == 1 and work.positions <= (64 if work.training else 256),
     ),
-    # 512→2048 1×1 at 7×7, batch 8, K = 4: inference columns 1.3, kernels 1.7; training 1.7 and 3.1.
-    # 512→512 3×3 at 7×7: inference 2.0 and 2.1; training 2.1 and 3.2; one image 1.6 and 2.1.
-    # 256→256 3×3 at 14×14 and larger maps: kernels are as fast or faster.
+    # 512→2048 1×1 at 7×7, batch 8, K = 4: inference columns 1.9, kernels 2.3; training 2.3 and 3.0.
+    # 512→512 3×3 at 7×7: inference 2.2 and 2.4; training 2.8 and 3.8; one image 2.1 and 2.2.
+    # 256→256 3×3 at 14×14: inference columns 1.7, kernels 1.4; training 2.4 and 1.6.
     Rule('columns', lambda work: work.positions <= 64 and work.kernel_bytes >= 4 << 20),
-    # 56×56 and larger: 1.00 to 1.09.
+    # 56×56: inference 0.9 to 1.1, as the products for 1×1 are faster than plain convolutions.
     Rule('kernels', lambda work: True),
 )
 

@@ -21,7 +21,7 @@ def tool(monkeypatch):
 
 @pytest.fixture
 def args():
-    return argparse.Namespace(device='cpu', rounds=1, strategy='auto')
+    return argparse.Namespace(device='cpu', rounds=1, strategy='auto', without_published=False)
 
 
 def test_table_is_written_as_json(tool, monkeypatch, tmp_path, capsys):
@@ -73,6 +73,14 @@ def test_peak_memory_is_that_of_the_step_alone(tool, args):
 def test_layers_name_their_strategy(tool, args):
     result = tool.layer_row(tool.LayerCase('training', 8, 4, 3, 5, 2, 2), args)
     assert (result['layer'], result['strategy']) == ('8→4 3×3 at 5×5', 'kernels')
+
+
+def test_the_published_formula_can_be_left_out(tool, args):
+    args.without_published = True
+    case = tool.Case('inference', 'MobileNetV2', 1, 64, 2)
+    for result in (tool.row(case, args), tool.row(tool.layer_grid()[0], args)):
+        assert 'ours / plain' in result
+        assert 'published / plain' not in result
 
 
 def test_no_rounds_are_refused(tool, monkeypatch, capsys):
