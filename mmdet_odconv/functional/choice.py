@@ -30,7 +30,6 @@ class Work(NamedTuple):
     Attributes:
         device (str): Type of the device.
         training (bool): Whether a backward pass follows.
-        batch (int): B.
         kernel_num (int): K.
         depthwise (bool): Whether each group reads a single channel.
         positions (int): Output positions of a sample.
@@ -39,7 +38,6 @@ class Work(NamedTuple):
 
     device: str
     training: bool
-    batch: int
     kernel_num: int
     depthwise: bool
     positions: int
@@ -171,7 +169,6 @@ def _by_rules(
     work = Work(
         device=device,
         training=training,
-        batch=x_shape[0],
         kernel_num=kernel_num,
         depthwise=kernel_shape[1] == 1,
         positions=math.prod(geometry.output_size(x_shape[2:], bank_shape[3:])),

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+# By the number of spatial dimensions.
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
 
 class Geometry(NamedTuple):
     """Where a convolution's kernel goes: one int for each spatial dimension."""

@@ -8,6 +8,11 @@ from torch import Tensor
 from .attention import Attentions
 
 
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows a function of ``tensors``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class Needed(NamedTuple):
     """Which gradients are wanted: of x, of the bank, and of any attention."""
 

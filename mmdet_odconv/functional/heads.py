@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gradients import needs_gradients
+
 
 class JoinedHeads:
     """The parameters of several heads, moved into one piece of memory, and seen as one head.
@@ -67,7 +69,7 @@ def linear_heads(
     if joined is None or not joined.hold(weights, biases):
         pairs = zip(weights, biases, strict=True)
         return torch.cat([F.linear(h, w.flatten(1), b) for w, b in pairs], 1)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *weights, *biases)):
+    if needs_gradients(h, *weights, *biases):
         return _LinearHeads.apply(h, joined.weight, joined.bias, len(weights), *weights, *biases)
     return F.linear(h, joined.weight, joined.bias)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention import Attentions
 from .choice import STRATEGIES, block_bytes, choose, fastest, record
 from .geometry import Geometry, resolve_geometry
-from .gradients import Needed
+from .gradients import Needed, needs_gradients
 from .mixture import column_scale_backward
 from .precision import without_autocast
 from .strategies import columns, formula, kernels, shared
@@ -62,7 +62,7 @@ def odconv(
     autocast = torch.is_autocast_enabled(device)
     if autocast and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(device))
-    training = _needs_gradients(x, bank, *attentions)
+    training = needs_gradients(x, bank, *attentions)
     name = choose(strategy, x, bank, geometry, training)
     if name == 'benchmark':
         name = _measured_choice(x, bank, attentions, geometry, training)
@@ -165,7 +165,3 @@ def _differentiable_backward(
         next(found) if tensor is not None and needed else None
         for tensor, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True)
     ]
-
-
-def _needs_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -28,6 +28,12 @@ def workspace(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(shape)
 
 
+def product_in_workspace(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """Products of matrices (B, n, m) and (B, m, p), in the workspace ``name``."""
+    out = workspace(name, (a.shape[0], a.shape[1], b.shape[2]), a)
+    return torch.bmm(a, b, out=out)
+
+
 def _kept_view(kept: dict[object, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A view of ``kept``'s memory, which grows if need be; kept there itself for the next call."""
     numel = math.prod(shape)

@@ -15,7 +15,7 @@ from ..gradients import Gradients, Needed
 from ..im2col import windows, windows_backward
 from ..mixture import column_scale, mix_rows, mix_rows_backward, rows_within
 from ..precision import as_type
-from ..workspace import workspace
+from ..workspace import product_in_workspace, workspace
 
 
 def forward(
@@ -81,7 +81,8 @@ def backward(
         grad_rows = grad[:, rows]
         if needed.bank or needed.attentions:
             # The gradient of the mixture, but for f.
-            grad_mixed = as_type(_product('gradient', grad_rows, columns[:, group].mT), mixed.dtype)
+            grad_mixed = product_in_workspace('gradient', grad_rows, columns[:, group].mT)
+            grad_mixed = as_type(grad_mixed, mixed.dtype)
             if grads.filter is not None:
                 product = workspace('product', grad_mixed.shape, grad_mixed)
                 grads.filter[:, rows] = torch.mul(grad_mixed, mixed, out=product).sum(2)
@@ -131,20 +132,14 @@ def columns_backward(
     return windows_backward(grad.view(seen.shape), x, geometry), grad_scale
 
 
-def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """Products of matrices (B, n, m) and (B, m, p), in the workspace ``name``."""
-    out = workspace(name, (a.shape[0], a.shape[1], b.shape[2]), a)
-    return torch.bmm(a, b, out=out)
-
-
 def per_window(scale: Tensor, seen: Tensor) -> Tensor:
     """``scale`` shaped to multiply the windows ``seen``."""
     ndim = seen.dim() // 2 - 1
     return scale.reshape(*seen.shape[: 2 + ndim], *(1,) * ndim)
 
 
-def _blocks(x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int) -> list[Block]:
+def _blocks(x: Tensor, matrices: Tensor, geometry: Geometry, block_bytes: int) -> tuple[Block, ...]:
     """Blocks of output channels, none of several groups."""
     out_channels = matrices.shape[1]
     rows = min(rows_within(block_bytes, matrices, x.shape[0]), out_channels // geometry.groups)
-    return list(output_blocks(x.shape[1], out_channels, geometry.groups, rows))
+    return output_blocks(x.shape[1], out_channels, geometry.groups, rows)

@@ -4,13 +4,10 @@ y = f ⊙ conv(c ⊙ x, Σ_j k_j · (s ⊙ W_j)): one line for each part of it. 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import Attentions
-from ..geometry import Geometry
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from ..geometry import CONV, Geometry
 
 
 def forward(x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
@@ -25,7 +22,7 @@ def forward(x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry)
     Returns:
         Tensor: Shape (B, C_out, *output size).
     """
-    conv = _CONV[bank.dim() - 3]
+    conv = CONV[bank.dim() - 3]
     stride, padding, dilation, groups = geometry
     batch = x.shape[0]
 

@@ -7,18 +7,15 @@ The kernels are made some output channels at a time, so that they stay in the ca
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import Attentions
-from ..geometry import Block, Geometry, channels, output_blocks
+from ..geometry import CONV, Block, Geometry, channels, output_blocks
 from ..gradients import Gradients, Needed
 from ..im2col import windows
 from ..mixture import column_scale, mix_rows, mix_rows_backward, rows_within
 from ..precision import as_type
-from ..workspace import workspace
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from ..workspace import product_in_workspace, workspace
 
 # Output positions up to which a product with the windows gives the kernels' gradient faster than
 # the convolution's own backward pass: 256→256 3×3 at 14×14, batch 8, takes 13 ms instead of 31.
@@ -182,7 +179,7 @@ def _convolve(
         y = torch.bmm(kernels[:, 0], channels(x, block.inputs).flatten(2))
         return y.view(*y.shape[:2], *x.shape[2:])
     weight, tall = _tall(x, kernels, kernel_size, block)
-    conv = _CONV[len(kernel_size)]
+    conv = CONV[len(kernel_size)]
     y = conv(
         tall,
         weight,
@@ -210,7 +207,9 @@ def _convolve_backward(
     grad, part = channels(grad, block.outputs), channels(x, block.inputs)
     if _by_matmul(kernels, kernel_size, geometry):
         grad_x = torch.bmm(kernels[:, 0].mT, grad.flatten(2)) if x_needed else None
-        grad_kernels = _product(grad, part.flatten(2)) if kernels_needed else None
+        grad_kernels = None
+        if kernels_needed:
+            grad_kernels = product_in_workspace('gradient', grad.flatten(2), part.flatten(2).mT)
         return None if grad_x is None else grad_x.view(part.shape), grad_kernels
     by_windows = kernels.shape[1] == 1 and math.prod(grad.shape[2:]) <= _MOST_WINDOWS
     weight, tall = _tall(x, kernels, kernel_size, block)
@@ -229,15 +228,9 @@ def _convolve_backward(
     )
     if kernels_needed and by_windows:
         seen = windows(part, kernel_size, geometry)
-        grad_kernels = _product(grad, seen.reshape(batch, kernels.shape[3], -1))
+        columns = seen.reshape(batch, kernels.shape[3], -1)
+        grad_kernels = product_in_workspace('gradient', grad.flatten(2), columns.mT)
     return None if grad_tall is None else grad_tall.view(part.shape), grad_kernels
-
-
-def _product(grad: Tensor, columns: Tensor) -> Tensor:
-    """Gradient of each sample's kernels from that of its output and what they were applied to."""
-    rows = grad.flatten(2)
-    out = workspace('gradient', (rows.shape[0], rows.shape[1], columns.shape[1]), rows)
-    return torch.bmm(rows, columns.mT, out=out)
 
 
 def _tall(
