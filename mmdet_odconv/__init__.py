@@ -7,9 +7,9 @@ Paper: Li, Zhou, Yao: Omni-Dimensional Dynamic Convolution, ICLR 2022
 (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
-from .compat import check_openmmlab
+from .compat import check_versions
 
-check_openmmlab()
+check_versions()
 
 from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt  # noqa: E402
 from .checkpoint import (  # noqa: E402

@@ -1,25 +1,40 @@
-"""Checks at import that the OpenMMLab packages are there and of a version we support."""
+"""The versions that this package works with, and everything that differs between them."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
+import torch
+
+# Each package with the least version supported and the first that is not.
 _SUPPORTED = {
     'mmengine': ('0.8.0', '1.0.0'),
-    'mmcv': ('2.0.0', '3.0.0'),
+    'torch': ('2.1.0', None),
+    'mmcv': ('2.0.0rc4', '3.0.0'),
     'mmdet': ('3.0.0', '4.0.0'),
 }
 
 
-def check_openmmlab() -> None:
-    """Import mmengine, mmcv and mmdet.
+# Whether torch.compile can be given the operator as one call (from torch 2.7 on). Without it, a
+# compiled layer is made of the formula's operations and keeps more memory for its backward pass.
+COMPILED_OPERATOR = hasattr(torch.library, 'custom_op') and hasattr(torch.compiler, 'is_exporting')
+
+# Before torch 2.4 each device had functions of its own.
+_AUTOCAST_BY_DEVICE = hasattr(torch, 'get_autocast_dtype')
+
+
+def check_versions() -> None:
+    """Import mmengine, torch, mmcv and mmdet.
 
     Raises:
-        ImportError: One is missing, does not import, lacks its compiled operators, or has a
-            version outside the supported range; the message names it, the version found and the
-            versions supported.
+        ImportError: One of them is missing, cannot be imported, lacks its compiled operators, or
+            has a version that is not supported. The message names the package, the version found
+            and the versions supported.
     """
     for name, (least, below) in _SUPPORTED.items():
-        supported = f'mmdet_odconv supports {name}>={least},<{below}'
+        supported = f'mmdet_odconv supports {name}>={least}' + (f',<{below}' if below else '')
         try:
             module = import_module(name)
         except ModuleNotFoundError as error:
@@ -28,9 +43,9 @@ def check_openmmlab() -> None:
             raise ImportError(f'{name} is not installed; {supported}') from error
         except AssertionError as error:
             # mmdet asserts the versions of mmcv and mmengine that it goes with.
-            raise ImportError(f'{name} does not import ({error}); {supported}') from error
+            raise ImportError(f'{name} cannot be imported ({error}); {supported}') from error
         found = module.__version__
-        if not _numbers(least) <= _numbers(found) < _numbers(below):
+        if not _is_within(found, least, below):
             raise ImportError(f'{name} {found} is installed; {supported}')
         if name == 'mmcv' and find_spec('mmcv._ext') is None:
             raise ImportError(
@@ -39,12 +54,36 @@ def check_openmmlab() -> None:
             )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: '2.1.0rc1+cpu' to (2, 1, 0)."""
-    numbers = []
-    for part in version.split('+')[0].split('.')[:3]:
-        digits = part[: len(part) - len(part.lstrip('0123456789'))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
+def _is_within(version: str, least: str, below: str | None) -> bool:
+    from mmengine.utils import digit_version
+
+    found = digit_version(version)
+    return found >= digit_version(least) and (below is None or found < digit_version(below))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type of automatic mixed precision on a device; None where it is off."""
+    if _AUTOCAST_BY_DEVICE:
+        if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
+            return None
+        return torch.get_autocast_dtype(device_type)
+    if device_type == 'cpu':
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context without automatic mixed precision, which costs nothing where it is off."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def add_safe_globals(allowed: Sequence[Any]) -> None:
+    """Let ``torch.load``'s safe mode read these classes and functions.
+
+    Before torch 2.6, where safe mode became the default and took functions under another name,
+    there is nothing to do.
+    """
+    if hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):
+        torch.serialization.add_safe_globals(list(allowed))

@@ -80,10 +80,13 @@ def _one_sample(layer: _ODConvNd, x: Tensor, h: Tensor) -> Tensor:
 
 
 def randomise(module: torch.nn.Module) -> None:
-    """Give every parameter and statistic a random value, so that none hides behind a 0 or 1."""
+    """Give every parameter and statistic a random value, so that none hides behind a 0 or 1.
+
+    Temperatures stay, which must be positive.
+    """
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and not name.endswith('temperature'):
                 tensor.normal_(std=0.5)
                 if name.endswith('running_var'):
                     tensor.abs_().add_(0.5)

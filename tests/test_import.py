@@ -29,7 +29,7 @@ def test_an_unsupported_version_is_named(monkeypatch, name, version):
     module.__version__ = version
     monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(ImportError, match=rf'^{name} {version} is installed; .* supports {name}>='):
-        compat.check_openmmlab()
+        compat.check_versions()
 
 
 @pytest.mark.parametrize('version', ['2.0.0rc4', '2.1.0+cpu', '2.3.6'])
@@ -37,7 +37,7 @@ def test_a_supported_version_is_taken_whatever_its_suffix(monkeypatch, version):
     module = ModuleType('mmcv')
     module.__version__ = version
     monkeypatch.setitem(sys.modules, 'mmcv', module)
-    compat.check_openmmlab()
+    compat.check_versions()
 
 
 @pytest.mark.parametrize('name', ['mmengine', 'mmcv', 'mmdet'])
@@ -58,7 +58,7 @@ def test_a_missing_package_is_named(name):
 def test_mmcv_without_its_operators_is_named(monkeypatch):
     monkeypatch.setattr(compat, 'find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r'mmcv .* without its compiled operators'):
-        compat.check_openmmlab()
+        compat.check_versions()
 
 
 def test_versions_agree():

@@ -18,6 +18,9 @@ from .architecture import STATIC, describe, differences
 from .published import backbone_name, is_flat, published_name
 
 _BACKBONE = 'backbone.'
+_TEMPERATURE = '.attention.temperature'
+# Entries that the published files may lack.
+_OPTIONAL = ('num_batches_tracked', _TEMPERATURE)
 _SHOWN = 3
 
 
@@ -81,13 +84,15 @@ def rename_to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole = any(name.startswith(_BACKBONE) for name in state_dict)
     if not describe(_backbone_of(state_dict) if whole else state_dict):
         raise ValueError('only an ODResNet or ODMobileNetV2 has published names')
+    # The published training ends at T = 1, and its files have no entry for it.
+    published = {n: t for n, t in state_dict.items() if not n.endswith(_TEMPERATURE)}
     if not whole:
-        return {f'module.{published_name(name)}': t for name, t in state_dict.items()}
+        return {f'module.{published_name(name)}': t for name, t in published.items()}
     return {
         f'{_BACKBONE}{published_name(name.removeprefix(_BACKBONE))}'
         if name.startswith(_BACKBONE)
         else name: tensor
-        for name, tensor in state_dict.items()
+        for name, tensor in published.items()
     }
 
 
@@ -156,7 +161,7 @@ def _require_fit(entries: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     if not complaints:
         missing = [name for name in expected if name not in entries]
         groups = {
-            'missing': [name for name in missing if not name.endswith('num_batches_tracked')],
+            'missing': [n for n in missing if not n.endswith(_OPTIONAL)],
             'left over': [name for name in entries if name not in expected],
             'of another shape': [
                 f'{name} ({tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} in '

@@ -10,8 +10,9 @@ import pickle
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.logging import HistoryBuffer
+
+from ..compat import add_safe_globals
 
 _STATISTICS = ('mean', 'max', 'min', 'current')
 _SCALAR_TYPES = (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)
@@ -36,7 +37,7 @@ def register_safe_globals() -> None:
     # NumPy 2 renamed the module; files written under either version are to be read.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         safe += [(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')]
-    torch.serialization.add_safe_globals(safe)
+    add_safe_globals(safe)
 
 
 def _statistic_of_history_buffer(obj: object, name: str) -> Any:

@@ -35,8 +35,9 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
         conv: Any = parent.get_submodule(conv_name)
         norm = parent.get_submodule(norm_name)
         if type(conv) in (*_DYNAMIC, *_PLAIN) and _is_constant(norm, conv.out_channels):
-            dim = 1 if isinstance(conv, _DYNAMIC) else 0
-            _fold(norm, conv, dim)
+            _fold(norm, conv, dim=1 if isinstance(conv, _DYNAMIC) else 0)
+            if isinstance(conv, _DYNAMIC):
+                conv.has_bias = True
             _replace(parent, norm_name)
     for module in model.modules():
         if isinstance(module, ODConvAttention) and _is_constant(

@@ -1,32 +1,25 @@
-"""The maths of ODConv as pure functions of tensors: no module state, no parameters."""
+"""The maths of ODConv as pure functions of tensors, without parameters.
 
-from .attention import (
-    Attentions,
-    attentions_from_logits,
-    sigmoid_attention,
-    softmax_attention,
-)
-from .choice import STRATEGIES, check_strategy, record_strategies
-from .heads import JoinedHeads, linear_heads
-from .odconv import odconv
-from .pool import global_average_pool, pool_beside
+``formula.py`` has the paper's equation, ``operator.py`` the operator that layers call,
+``dispatch.py`` the table that picks one of its implementations.
+"""
+
+from .attention import Attentions, annealed_temperature, sigmoid_attention, softmax_attention
+from .dispatch import STRATEGIES, check_strategy, record_strategies
+from .formula import mix_kernel_bank, odconv_formula
+from .operator import convolution_dtype, odconv
 from .static_weight import bank_from_static_weight
-from .strategies.formula import mix_kernel_bank
-from .temperature import annealed_temperature
 
 __all__ = [
     'STRATEGIES',
     'Attentions',
-    'JoinedHeads',
     'annealed_temperature',
-    'attentions_from_logits',
     'bank_from_static_weight',
     'check_strategy',
-    'global_average_pool',
-    'linear_heads',
+    'convolution_dtype',
     'mix_kernel_bank',
     'odconv',
-    'pool_beside',
+    'odconv_formula',
     'record_strategies',
     'sigmoid_attention',
     'softmax_attention',

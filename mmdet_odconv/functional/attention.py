@@ -1,29 +1,27 @@
-"""The four attentions of ODConv as functions of logits.
+"""The four attentions of ODConv, and the temperature that sharpens them in training.
 
-Paper: Omni-Dimensional Dynamic Convolution, section 3.2 (https://openreview.net/forum?id=DmpCfq6Mg39)
+Paper: Omni-Dimensional Dynamic Convolution, section 3.2 and appendix
+(https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .precision import as_type
-
 
 class Attentions(NamedTuple):
-    """What ODConv's attention branch says about each sample of a batch.
+    """The attentions of each sample of a batch.
 
-    ``None`` stands for an attention that is absent, that is, identically 1.
+    ``None`` stands for an attention that is absent, that is, equal to 1 everywhere.
 
     Attributes:
         channel (Tensor): Input-channel attention c, shape (B, C_in).
-        filter (Tensor, optional): Output-filter attention f, shape (B, C_out). Absent when the
-            convolution is depthwise: there c already scales each filter.
+        filter (Tensor, optional): Output-filter attention f, shape (B, C_out). It is absent when
+            the convolution is depthwise, because c already scales each filter there.
         spatial (Tensor, optional): Spatial attention s, shape (B, kernel positions), shared by
-            all kernels of the bank. Absent when the kernel has one position.
-        kernel (Tensor, optional): Kernel-number attention k, shape (B, K). Absent when K = 1.
+            all kernels of the bank. It is absent when the kernel has a single position.
+        kernel (Tensor, optional): Kernel-number attention k, shape (B, K). It is absent when K = 1.
     """
 
     channel: Tensor
@@ -32,57 +30,61 @@ class Attentions(NamedTuple):
     kernel: Tensor | None = None
 
 
-def attentions_from_logits(logits: Tensor, sizes: Sequence[int], temperature: float) -> Attentions:
-    """The four attentions from the outputs of their heads.
-
-    Args:
-        logits (Tensor): Shape (B, sum of ``sizes``), in the order of :class:`Attentions`. Types
-            narrower than float32 are computed in float32.
-        sizes (Sequence[int]): How many belong to each of the four attentions; 0 where it is absent.
-        temperature (float): T, positive.
-    """
-    logits = _divided(logits, temperature)
-    # One sigmoid for all, the kernel's logits too: few calls, which are what costs here.
-    parts = torch.split_with_sizes(torch.sigmoid(logits), sizes, 1)
-    kernel_num = sizes[3]
-    return Attentions(
-        channel=parts[0],
-        filter=parts[1] if sizes[1] else None,
-        spatial=parts[2] if sizes[2] else None,
-        kernel=torch.softmax(logits[:, -kernel_num:], dim=1) if kernel_num else None,
-    )
-
-
-def sigmoid_attention(logits: Tensor, temperature: float) -> Tensor:
+def sigmoid_attention(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Channel, filter and spatial attention: sigmoid(logits / T).
 
     Args:
         logits (Tensor): Any shape. Types narrower than float32 are computed in float32.
-        temperature (float): T, positive; the larger, the closer is the result to 1/2.
+        temperature (float | Tensor): T, positive, a number or a tensor of no dimensions. The
+            larger T is, the closer the result is to 1/2. Default: 1.0.
 
     Returns:
         Tensor: The shape of ``logits``, float32 or wider.
     """
-    return torch.sigmoid(_divided(logits, temperature))
+    return torch.sigmoid(_wide(logits) / temperature)
 
 
-def softmax_attention(logits: Tensor, temperature: float) -> Tensor:
+def softmax_attention(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Kernel-number attention: softmax(logits / T) over the K kernels.
 
     Args:
         logits (Tensor): Shape (B, K). Types narrower than float32 are computed in float32.
-        temperature (float): T, positive; the larger, the closer is the result to 1/K.
+        temperature (float | Tensor): T, positive, a number or a tensor of no dimensions. The
+            larger T is, the closer the result is to 1/K. Default: 1.0.
 
     Returns:
         Tensor: Shape (B, K), float32 or wider; each row sums to 1.
     """
-    return torch.softmax(_divided(logits, temperature), dim=1)
+    return torch.softmax(_wide(logits) / temperature, dim=1)
 
 
-def _divided(logits: Tensor, temperature: float) -> Tensor:
-    """logits / T in float32 or wider."""
-    logits = as_type(logits, torch.promote_types(logits.dtype, torch.float32))
-    # Not while compiling: a compiler would compile once more.
-    if not torch.compiler.is_compiling() and temperature == 1:
-        return logits
-    return logits / temperature
+def annealed_temperature(
+    iteration: int, anneal_iters: int, initial: float, schedule: str = 'linear'
+) -> float:
+    """The temperature T of one training iteration, falling from ``initial`` to 1.
+
+    'linear' is the published schedule, T = 1 + max(0, (T₀ - 1)·(N - n)/N). The factor 1/T, which
+    scales the logits, rises steeply at its end; 'inverse', which is ours, raises 1/T in equal
+    steps.
+
+    Args:
+        iteration (int): n, counted from 1 for the first iteration.
+        anneal_iters (int): N, the number of iterations until T = 1; 0 means no annealing.
+        initial (float): T₀, the temperature at n = 0.
+        schedule (str): 'linear' in T, or 'inverse', linear in 1/T. Default: 'linear'.
+
+    Raises:
+        ValueError: The schedule is neither of the two.
+    """
+    if schedule not in ('linear', 'inverse'):
+        raise ValueError(f"schedule must be 'linear' or 'inverse', got {schedule!r}")
+    if iteration >= anneal_iters:
+        return 1.0
+    remaining = (anneal_iters - iteration) / anneal_iters
+    if schedule == 'linear':
+        return 1.0 + (initial - 1.0) * remaining
+    return 1.0 / (1.0 + (1.0 / initial - 1.0) * remaining)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

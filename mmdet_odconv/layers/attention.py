@@ -5,6 +5,7 @@ Paper: Omni-Dimensional Dynamic Convolution, section 3.2
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,47 +17,41 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional import (
-    Attentions,
-    JoinedHeads,
-    attentions_from_logits,
-    global_average_pool,
-    linear_heads,
-    sigmoid_attention,
-)
-from ..functional.precision import as_type, without_autocast
+from ..compat import without_autocast
+from ..functional import Attentions, sigmoid_attention, softmax_attention
 
 
 class ODConvAttention(nn.Module):
     """From a feature map to the channel, filter, spatial and kernel attention of each sample.
 
     h = ReLU(norm(W_fc · GAP(x))) with A = max(int(C_in · reduction), min_attention_channels)
-    entries; each head is a 1×1 convolution with bias on h, followed by σ(·/T), or by
-    softmax(·/T) for the kernel attention.
+    entries. Each head is a 1×1 convolution with bias on h, followed by σ(·/T), or by softmax(·/T)
+    for the kernel attention.
 
-    The temperature travels with the weights: ``state_dict()`` keeps it in its metadata (where
-    PyTorch keeps each module's version), not as an entry, and loading such a state dict sets it.
-    One without it, as all published ones, leaves the temperature as it is.
+    The temperature T is a buffer, so it is saved with the weights and follows them through every
+    wrapper. A state dict without it, as all published ones, leaves the temperature as it is.
 
     Args:
         in_channels (int): C_in of the convolution.
         out_channels (int): C_out of the convolution.
         kernel_size (Sequence[int]): Kernel size; its length is the number of spatial dimensions.
         groups (int): Groups of the convolution. Default: 1.
-        kernel_num (int): K, kernels in the bank. Default: 4.
+        kernel_num (int): K, the number of kernels in the bank. Default: 4.
         reduction (float): Width of h relative to C_in. Default: 1/16.
-        min_attention_channels (int): Least width of h. Default: 16.
+        min_attention_channels (int): The least width of h. Default: 16.
         temperature (float): T, positive. Default: 1.0.
         norm_cfg (dict, optional): Norm of h: BN, SyncBN, LN or GN with their arguments, or None
             for no norm. Default: ``dict(type='BN')``.
         attention_init (str): 'zero' or 'published', see :meth:`reset_parameters`.
             Default: 'zero'.
-        attention_bias (float): Bias of the sigmoid heads at the 'zero' init. Default: 2.2.
+        attention_bias (float): Bias of the sigmoid heads at the 'zero' start. Default: 2.2.
         device, dtype: As in ``torch.nn.Conv2d``.
 
     Raises:
-        ValueError: An argument is out of its range; the message names it and its value.
+        ValueError: An argument is out of its range. The message names it and its value.
     """
+
+    temperature: Tensor
 
     def __init__(
         self,
@@ -89,44 +84,45 @@ class ODConvAttention(nn.Module):
             )
         self.attention_init = attention_init
         self.attention_bias = attention_bias
-        self.temperature = temperature
+        self.initial_temperature = _positive(temperature)
 
         width = max(int(in_channels * reduction), min_attention_channels)
         positions = math.prod(kernel_size)
         depthwise = groups == in_channels == out_channels
-        pointwise = partial(PointwiseParameters, ndim=len(kernel_size), device=device, dtype=dtype)
+        pointwise = partial(PointwiseConv, ndim=len(kernel_size), device=device, dtype=dtype)
+        zero = attention_init == 'zero'
+        sigmoid_head = partial(pointwise, width, constant=attention_bias if zero else None)
+        # The softmax takes no notice of a constant that its K logits share.
+        softmax_head = partial(pointwise, width, constant=0.0 if zero else None)
 
         self.fc = pointwise(in_channels, width, bias=False)
         self.bn = nn.Identity() if norm_cfg is None else build_norm_layer(norm_cfg, width)[1]
         self.bn.to(device=device, dtype=dtype)
-        self.channel_fc = pointwise(width, in_channels)
-        self.filter_fc = None if depthwise else pointwise(width, out_channels)
-        self.spatial_fc = None if positions == 1 else pointwise(width, positions)
-        self.kernel_fc = None if kernel_num == 1 else pointwise(width, kernel_num)
-        heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
-        self._sizes = [0 if head is None else len(head.weight) for head in heads]
-        self._joined = JoinedHeads(*self._head_parameters())
-        self.reset_parameters()
+        self.channel_fc = sigmoid_head(in_channels)
+        self.filter_fc = None if depthwise else sigmoid_head(out_channels)
+        self.spatial_fc = None if positions == 1 else sigmoid_head(positions)
+        self.kernel_fc = None if kernel_num == 1 else softmax_head(kernel_num)
+        self.register_buffer('temperature', torch.empty((), device=device, dtype=torch.float32))
+        self.temperature.fill_(self.initial_temperature)
 
     def reset_parameters(self) -> None:
-        """Initialise the branch in one of two ways.
+        """Initialise the branch as the constructor does.
 
-        - 'published': Kaiming normal (fan_out, ReLU) for ``fc`` and the heads, biases 0. Gradients
-          are huge at T = 1, so train it as the paper does: annealed from T = 30
+        - ``attention_init='zero'``: the heads' weights are zero, so that every attention starts
+          as a constant, σ(attention_bias / T) or 1/K, and the layer starts as a scaled plain
+          convolution.
+        - ``attention_init='published'``: Kaiming normal (fan_out, ReLU) for the heads, biases 0.
+          The gradients are huge at T = 1, so train it as the paper does, annealed from T = 30
           (:class:`ODConvTemperatureHook`), or from the published weights.
-        - 'zero': the heads' weights are zero, so that every attention starts as a constant,
-          σ(attention_bias / T) or 1/K, and the layer starts as a scaled plain convolution.
         """
-        self.fc.reset_parameters()
-        if not isinstance(self.bn, nn.Identity):
-            self.bn.reset_parameters()
-        for head in self._heads():
-            head.reset_parameters()
-        if self.attention_init == 'zero':
-            self.reset_to_constant()
+        modules: list[Any] = [self.fc, self.bn, *self._heads()]
+        for module in modules:
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        self.temperature.fill_(self.initial_temperature)
 
     def reset_to_constant(self) -> float:
-        """Make every attention a constant, whatever the input, as at the 'zero' init.
+        """Make every attention a constant, whatever the input, as at the 'zero' start.
 
         ``fc`` is left as it is: nothing is drawn at random, so that the processes of a
         distributed run stay equal.
@@ -135,108 +131,85 @@ class ODConvAttention(nn.Module):
             float: The product of the channel, filter and spatial attention, each
             σ(attention_bias / T) where present; the kernel attention is 1/K.
         """
-        if not isinstance(self.bn, nn.Identity):
-            self.bn.reset_parameters()
-        heads = self._sigmoid_heads()
-        for head in heads:
-            nn.init.zeros_(head.weight)
-            nn.init.constant_(head.bias, self.attention_bias)
-        if self.kernel_fc is not None:
-            nn.init.zeros_(self.kernel_fc.weight)
-            # The softmax takes no notice of a bias that its K logits share.
-            nn.init.zeros_(self.kernel_fc.bias)
-        bias = torch.tensor(self.attention_bias, dtype=torch.float64, device='cpu')
-        return sigmoid_attention(bias, self.temperature).item() ** len(heads)
+        norm: Any = self.bn
+        if hasattr(norm, 'reset_parameters'):
+            norm.reset_parameters()
+        product = 1.0
+        temperature = self.temperature.item()
+        for head in self._heads():
+            if head is self.kernel_fc:
+                head.reset_to_constant(0.0)
+            else:
+                head.reset_to_constant(self.attention_bias)
+                product /= 1 + math.exp(-self.attention_bias / temperature)
+        return product
 
-    @property
-    def temperature(self) -> float:
-        """T, which divides all logits."""
-        return self._temperature
+    def set_temperature(self, temperature: float) -> None:
+        """Set T, which divides all logits.
 
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f'temperature must be positive, got {value}')
-        self._temperature = float(value)
+        Raises:
+            ValueError: The temperature is not positive.
+        """
+        self.temperature.fill_(_positive(temperature))
 
     def forward(self, x: Tensor) -> Attentions:
         """The attentions of each sample, float32 or wider.
 
         Args:
-            x (Tensor): Feature maps, shape (B, C_in, *size), or their averages, (B, C_in).
+            x (Tensor): Feature maps, shape (B, C_in, *size).
         """
+        dtype = self.fc.weight.dtype
+        # Half-precision sums could overflow. Dividing a sum is faster than `mean` on a CPU.
+        pooled = x.sum(tuple(range(2, x.dim())), dtype=torch.promote_types(dtype, torch.float32))
+        pooled = pooled / math.prod(x.shape[2:])
+        t = self.temperature
+        # The branch is cheap, and the sigmoids' arguments lose too much in half precision.
         with without_autocast(x.device.type):
-            fc = self.fc
-            weight = fc.weight.flatten(1)
-            pooled = as_type(global_average_pool(x) if x.dim() > 2 else x, weight.dtype)
-            h = torch.relu(self._normalise(F.linear(pooled, weight, fc.bias)))
-            logits = linear_heads(h, *self._head_parameters(), self._joined)
-            return attentions_from_logits(logits, self._sizes, self.temperature)
+            h = torch.relu(self._normalise(self.fc(pooled.to(dtype))))
+            return Attentions(
+                sigmoid_attention(self.channel_fc(h), t),
+                None if self.filter_fc is None else sigmoid_attention(self.filter_fc(h), t),
+                None if self.spatial_fc is None else sigmoid_attention(self.spatial_fc(h), t),
+                None if self.kernel_fc is None else softmax_attention(self.kernel_fc(h), t),
+            )
 
-    def _apply(self, *args: Any, **kwargs: Any) -> 'ODConvAttention':
-        # ``to()`` and its kin give each parameter new memory.
-        super()._apply(*args, **kwargs)
-        parameters = self._head_parameters()
-        if not self._joined.hold(*parameters):
-            self._joined = JoinedHeads(*parameters)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy has memory of its own.
-        super().__setstate__(state)
-        self._joined = JoinedHeads(*self._head_parameters())
-
-    def _head_parameters(self) -> tuple[list[Any], list[Any]]:
-        """The weights and the biases of the heads that there are."""
-        heads = self._heads()
-        return [head.weight for head in heads], [head.bias for head in heads]
-
-    def _heads(self) -> list['PointwiseParameters']:
+    def _heads(self) -> list['PointwiseConv']:
         heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
         return [head for head in heads if head is not None]
-
-    def _sigmoid_heads(self) -> list['PointwiseParameters']:
-        return [head for head in self._heads() if head is not self.kernel_fc]
 
     def _normalise(self, h: Tensor) -> Tensor:
         """``self.bn`` on h, shape (B, A), also where a BatchNorm has too few values."""
         norm = self.bn
-        if not isinstance(norm, _BatchNorm):
+        if isinstance(norm, nn.Identity | nn.LayerNorm):
             return norm(h)
-        mean, var = norm.running_mean, norm.running_var
-        # One value has no variance: such a step uses the running statistics, untouched.
-        running = not norm.training or (h.shape[0] < 2 and not _synchronised(norm))
-        if running and mean is not None:
-            return F.batch_norm(h, mean, var, norm.weight, norm.bias, eps=norm.eps)
+        if isinstance(norm, _BatchNorm) and norm.training and h.shape[0] < 2:
+            # One value has no variance: such a step uses the running statistics, untouched.
+            mean, var = norm.running_mean, norm.running_var
+            if mean is not None and not _is_synchronised(norm):
+                if h.shape[0] == 1 and not torch.compiler.is_compiling():
+                    warnings.warn(_SINGLE_SAMPLE, stacklevel=2)
+                return F.batch_norm(h, mean, var, norm.weight, norm.bias, eps=norm.eps)
         return norm(h[..., None, None]).flatten(1)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, '_metadata', None)
-        if metadata is not None:
-            # FSDP takes the names of its wrappers off the entries, not off the metadata.
-            for name in {prefix[:-1], prefix[:-1].replace('_fsdp_wrapped_module.', '')}:
-                metadata.setdefault(name, {})['temperature'] = self.temperature
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if 'temperature' in local_metadata:
-            self.temperature = local_metadata['temperature']
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Published and plain weights have no temperature, and need none.
+        state_dict.setdefault(f'{prefix}temperature', self.temperature)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class PointwiseParameters(nn.Module):
-    """The parameters of a 1×1 convolution on pooled features, which is a matrix product.
+class PointwiseConv(nn.Module):
+    """A 1×1 convolution on pooled features, which is a matrix product.
 
     Its weight has the shape of a convolution's, (out_channels, in_channels, 1, ...), as in the
-    published state dicts. It is no ``nn.Conv2d``: a model's ``init_cfg`` for all Conv2d layers
-    must not undo ODConv's own initialisation.
+    published state dicts. It is not an ``nn.Conv2d``, because a model's ``init_cfg`` for all
+    Conv2d layers must not undo ODConv's own initialisation.
 
     Args:
         in_channels (int): Input channels.
         out_channels (int): Output channels.
         bias (bool): Whether there is a bias. Default: True.
+        constant (float, optional): If given, the layer starts with a weight of 0 and this bias;
+            else with Kaiming normal (fan_out, ReLU) and a bias of 0. Default: None.
         ndim (int): Number of trailing dimensions of size 1 in the weight. Default: 2.
         device, dtype: As in ``torch.nn.Conv2d``.
     """
@@ -246,11 +219,13 @@ class PointwiseParameters(nn.Module):
         in_channels: int,
         out_channels: int,
         bias: bool = True,
+        constant: float | None = None,
         ndim: int = 2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.constant = constant
         shape = (out_channels, in_channels, *(1,) * ndim)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
@@ -260,10 +235,22 @@ class PointwiseParameters(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming normal (fan_out, ReLU) for the weight, 0 for the bias."""
+        """Initialise the layer as the constructor does."""
+        if self.constant is not None:
+            self.reset_to_constant(self.constant)
+            return
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def reset_to_constant(self, value: float) -> None:
+        """Let the outputs be ``value``, whatever the input."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From pooled features (B, in_channels) to (B, out_channels)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
     def extra_repr(self) -> str:
         out_channels, in_channels = self.weight.shape[:2]
@@ -285,11 +272,25 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
     """
     layers = [m for m in model.modules() if isinstance(m, ODConvAttention)]
     for layer in layers:
-        layer.temperature = temperature
+        layer.set_temperature(temperature)
     return len(layers)
 
 
-def _synchronised(norm: _BatchNorm) -> bool:
+_SINGLE_SAMPLE = (
+    "The BatchNorm in an ODConv layer's attention was given a single sample in training. One value "
+    'has no variance, so this step uses the running statistics and does not update them. If all '
+    "batches are like this, use norm_cfg=dict(type='LN') for the ODConv layers, and note that "
+    'update_bn and precise BatchNorm need batches of at least two samples.'
+)
+
+
+def _positive(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f'temperature must be positive, got {temperature}')
+    return float(temperature)
+
+
+def _is_synchronised(norm: _BatchNorm) -> bool:
     """Whether ``norm`` takes its statistics over several processes."""
     return (
         isinstance(norm, nn.SyncBatchNorm)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ..functional import bank_from_static_weight, check_strategy, odconv, pool_beside
+from ..functional import bank_from_static_weight, check_strategy, convolution_dtype, odconv
 from .attention import ODConvAttention
 
 
@@ -124,6 +124,7 @@ class _ODConvNd(nn.Module):
         )
         shape = (kernel_num, out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.has_bias = bias
         if bias:
             self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
@@ -166,13 +167,16 @@ class _ODConvNd(nn.Module):
     @property
     def temperature(self) -> float:
         """T of the attentions; see also :func:`set_temperature`."""
-        return self.attention.temperature
+        return self.attention.temperature.item()
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self.attention.temperature = value
+        self.attention.set_temperature(value)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            # Like torch's own layers, this one is a leaf of a symbolic trace.
+            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
         if x.dim() == self.ndim + 1:
             return self.forward(x[None])[0]
         if x.dim() != self.ndim + 2:
@@ -185,8 +189,14 @@ class _ODConvNd(nn.Module):
                 f'{type(self).__name__} expects {self.in_channels} input channels, '
                 f'got {x.shape[1]} (shape {tuple(x.shape)})'
             )
-        x, pooled = pool_beside(x)
-        attentions = self.attention(pooled)
+        if self.bias is not None and not self.has_bias:
+            raise RuntimeError(
+                f'this {type(self).__name__} was built without a bias and has one now: a norm was '
+                'fused into it as into a plain convolution, which changes what it computes; use '
+                'mmdet_odconv.fuse_odconv_bn'
+            )
+        convolution_dtype(x, self.weight)  # refuses a wrong type before a norm sees the batch
+        attentions = self.attention(x)
         padding: Sequence[int] | str = self.padding
         if self.padding_mode != 'zeros':
             x, padding = F.pad(x, self._pad_widths(), mode=self.padding_mode), (0,) * self.ndim
@@ -203,6 +213,7 @@ class _ODConvNd(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        temperature = self.attention.temperature
         parts = [
             f'{self.in_channels}, {self.out_channels}',
             f'kernel_size={self.kernel_size}',
@@ -213,12 +224,19 @@ class _ODConvNd(nn.Module):
             f'bias={self.bias is not None}',
             f'padding_mode={self.padding_mode}',
             f'kernel_num={self.kernel_num}',
-            f'temperature={self.temperature}',
         ]
+        if not temperature.is_meta:
+            parts.append(f'temperature={temperature.item():g}')
         return ', '.join(parts)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         if self._is_static(state_dict, prefix):
+            if self.weight.is_meta and local_metadata.get('assign_to_params_buffers'):
+                # The file has nothing for the attention, which must leave the meta device too.
+                self.attention.to_empty(device=state_dict[f'{prefix}weight'].device)
+                self.attention.reset_parameters()
             # `state_dict` is the loader's own copy, and it goes on to the children: what is put
             # in here is neither missing nor left over there.
             attention = self.attention.reset_to_constant()
@@ -226,7 +244,7 @@ class _ODConvNd(nn.Module):
                 state_dict[f'{prefix}attention.{name}'] = value
             key = f'{prefix}weight'
             state_dict[key] = self._bank_like(state_dict[key], attention, key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _is_static(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Whether the entries under ``prefix`` are those of the plain convolution."""

@@ -116,6 +116,9 @@ def test_a_detectors_file_fills_a_detector(kind, backbone, case, options):
     other = detector(kind, backbone, **options)
     load_official_checkpoint(other, content)
     for name, tensor in other.state_dict().items():
+        if name.endswith('attention.temperature'):
+            assert tensor == 1  # where the published training ends
+            continue
         inner = name.removeprefix('backbone.')
         source = f'backbone.{published_name(inner)}' if inner != name else name
         assert torch.equal(tensor, content['state_dict'][source].to(tensor.dtype)), name

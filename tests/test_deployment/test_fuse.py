@@ -38,8 +38,8 @@ def prepare(model, dtype=torch.float64):
                     module.weight.normal_(1, 0.1)
                     module.bias.normal_(0, 0.1)
             if isinstance(module, ODConv1d | ODConv2d | ODConv3d):
-                for head in (*module.attention._sigmoid_heads(), module.attention.kernel_fc):
-                    if head is not None:
+                for name, head in module.attention.named_children():
+                    if name.endswith('_fc'):
                         head.weight.normal_(std=0.5)
     model.to(dtype).train(False)
     return model

@@ -8,7 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet
-from mmdet_odconv.functional import STRATEGIES, Attentions, choice, odconv, record_strategies
+from mmdet_odconv.functional import (
+    STRATEGIES,
+    Attentions,
+    cpu_grouped_conv,
+    cpu_im2col,
+    odconv,
+    record_strategies,
+)
 from tests.conftest import ROOT
 
 SPEC = importlib.util.spec_from_file_location('benchmark', ROOT / 'tools/benchmark.py')
@@ -16,7 +23,7 @@ TOOL = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TOOL)
 
 DTYPE = torch.float64
-FAST = [name for name in STRATEGIES if name != 'formula']
+FAST = [name for name in STRATEGIES if name != 'reference']
 OPTIONS = {
     'plain': {},
     'point': dict(kernel=1, padding=0),
@@ -70,12 +77,12 @@ def given(option, ndim, kernel_num):
 @pytest.mark.parametrize('blocks', ['one', 'many'])
 def test_equals_the_formula(monkeypatch, name, option, ndim, blocks):
     if blocks == 'many':
-        monkeypatch.setattr(choice, 'BLOCK_BYTES', choice.BLOCK_BYTES)
-        for strategy in FAST:
-            monkeypatch.setitem(choice.BLOCK_BYTES, strategy, 1000)
-    for kernel_num in (1,) if name == 'shared' else (1, 3):
+        monkeypatch.setattr(cpu_grouped_conv, 'BLOCK_BYTES', 1000)
+        monkeypatch.setattr(cpu_im2col, 'BLOCK_BYTES', 1000)
+        monkeypatch.setattr(cpu_im2col, 'SINGLE_SAMPLE_BLOCK_BYTES', 1000)
+    for kernel_num in (1,) if name == 'cpu_im2col_single_kernel' else (1, 3):
         inputs, call = given(option, ndim, kernel_num)
-        expected = outputs_and_gradients(*inputs, **call, strategy='formula')
+        expected = outputs_and_gradients(*inputs, **call, strategy='reference')
         actual = outputs_and_gradients(*inputs, **call, strategy=name)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
         with torch.no_grad():
@@ -83,7 +90,7 @@ def test_equals_the_formula(monkeypatch, name, option, ndim, blocks):
         torch.testing.assert_close(y, expected[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('name', ['kernels', 'columns'])
+@pytest.mark.parametrize('name', ['cpu_grouped_conv', 'cpu_im2col'])
 @pytest.mark.parametrize('threads', [1, 2])
 def test_a_single_sample_and_a_large_bank(name, threads):
     x, bank = torch.randn(1, 1024, 2, 2, dtype=DTYPE), torch.randn(3, 512, 1024, 1, 1, dtype=DTYPE)
@@ -96,7 +103,7 @@ def test_a_single_sample_and_a_large_bank(name, threads):
         actual = odconv(x, bank, attentions, strategy=name)
     finally:
         torch.set_num_threads(before)
-    expected = odconv(x, bank, attentions, strategy='formula')
+    expected = odconv(x, bank, attentions, strategy='reference')
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -104,7 +111,7 @@ def test_a_single_sample_and_a_large_bank(name, threads):
 def test_zero_attentions_have_gradients(name):
     x, bank, attentions = problem(kernel_num=1)
     zeros = Attentions(*[None if a is None else torch.zeros_like(a) for a in attentions])
-    expected = outputs_and_gradients(x, bank, zeros, padding=1, strategy='formula')
+    expected = outputs_and_gradients(x, bank, zeros, padding=1, strategy='reference')
     torch.testing.assert_close(
         outputs_and_gradients(x, bank, zeros, padding=1, strategy=name), expected
     )
@@ -114,7 +121,7 @@ def test_zero_attentions_have_gradients(name):
 @pytest.mark.parametrize('memory', ['channels_last', 'every_second'])
 def test_takes_any_memory_layout(name, memory):
     x, bank, attentions = problem(kernel_num=1)
-    expected = odconv(x, bank, attentions, padding=1, strategy='formula')
+    expected = odconv(x, bank, attentions, padding=1, strategy='reference')
     if memory == 'channels_last':
         x = x.contiguous(memory_format=torch.channels_last)
     else:
@@ -128,7 +135,7 @@ def test_computes_the_gradients_that_are_wanted(name, wanted):
     x, bank, attentions = problem(kernel_num=1)
     flags = (wanted[0], wanted[1], *(wanted[2],) * 4)
     results = []
-    for strategy in ('formula', name):
+    for strategy in ('reference', name):
         leaves = [
             None if t is None else t.clone().requires_grad_(flag)
             for t, flag in zip((x, bank, *attentions), flags, strict=True)
@@ -158,7 +165,7 @@ def test_second_derivatives(name):
 @pytest.mark.parametrize('name', FAST)
 def test_autocast_gives_what_a_convolution_gives(name):
     x, bank, attentions = problem(kernel_num=1, dtype=torch.float32)
-    expected = outputs_and_gradients(x, bank, attentions, padding=1, strategy='formula')
+    expected = outputs_and_gradients(x, bank, attentions, padding=1, strategy='reference')
     with torch.autocast('cpu', dtype=torch.bfloat16):
         actual = outputs_and_gradients(x, bank, attentions, padding=1, strategy=name)
     assert actual[0].dtype == torch.bfloat16
@@ -168,7 +175,7 @@ def test_autocast_gives_what_a_convolution_gives(name):
 
 
 def test_choices_can_be_looked_at():
-    layer = ODConv2d(4, 6, 3, kernel_num=2, strategy='columns')
+    layer = ODConv2d(4, 6, 3, kernel_num=2, strategy='cpu_im2col')
     x = torch.randn(2, 4, 5, 5)
     with record_strategies() as choices:
         layer(x)
@@ -176,24 +183,24 @@ def test_choices_can_be_looked_at():
         with torch.no_grad():
             layer(x[:1])
     layer(x)
-    assert choices[0] == ((2, 4, 5, 5), (2, 6, 4, 3, 3), True, 'columns')
+    assert choices[0] == ((2, 4, 5, 5), (2, 6, 4, 3, 3), True, 'cpu_im2col')
     assert choices[1][:3] == ((1, 4, 5, 5), (2, 6, 4, 3, 3), False)
     assert choices[1].strategy in STRATEGIES
     assert len(choices) == 2
 
 
 def test_an_unknown_strategy_is_named():
-    with pytest.raises(ValueError, match=r"one of .*'kernels'.* got 'fastest'"):
+    with pytest.raises(ValueError, match=r"one of .*'cpu_grouped_conv'.* got 'fastest'"):
         odconv(*problem(), strategy='fastest')
     with pytest.raises(ValueError, match="got 'fastest'"):
         ODConv2d(4, 4, 3, strategy='fastest')
 
 
-def test_shared_refuses_a_bank_of_several_kernels():
+def test_a_single_kernel_implementation_refuses_several():
     with pytest.raises(ValueError, match='kernel_num=3'):
-        odconv(*problem(kernel_num=3), strategy='shared')
+        odconv(*problem(kernel_num=3), strategy='cpu_im2col_single_kernel')
     with pytest.raises(ValueError, match='kernel_num=4'):
-        ODConv2d(4, 4, 3, strategy='shared')
+        ODConv2d(4, 4, 3, strategy='cpu_im2col_single_kernel')
 
 
 @pytest.mark.parametrize('kernel_num', [1, 4])
@@ -227,7 +234,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize('name', [*STRATEGIES, 'auto'])
 @pytest.mark.parametrize('kernel', [1, 3])
 def test_no_kernel_of_the_bank_is_copied_for_each_sample(name, kernel):
-    batch, kernel_num, channels = 8, 1 if name == 'shared' else 4, 64
+    batch, kernel_num, channels = 8, 1 if name == 'cpu_im2col_single_kernel' else 4, 64
     layer = ODConv2d(
         channels, channels, kernel, padding=kernel // 2, kernel_num=kernel_num, strategy=name
     )

@@ -1,0 +1,251 @@
+"""The one place that picks an implementation for a call of the operator.
+
+The measurements behind the table of priorities are in docs/performance.md.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch.utils.benchmark import Timer
+
+from .cpu_grouped_conv import CpuGroupedConv
+from .cpu_im2col import CpuIm2col
+from .cpu_im2col_single_kernel import CpuIm2colSingleKernel
+from .grouped_conv import GroupedConv
+from .implementation import Geometry, Implementation, Problem
+
+# The first that supports a problem and is the fastest for it, as far as the rule beside it knows.
+PRIORITY: tuple[tuple[type[Implementation], Callable[[Problem], bool]], ...] = (
+    (
+        CpuIm2colSingleKernel,
+        lambda p: not p.depthwise and p.positions <= (64 if p.training else 256),
+    ),
+    (
+        CpuIm2col,
+        lambda p: not p.depthwise and p.positions <= 64 and p.kernel_bytes >= 4 << 20,
+    ),
+    (CpuGroupedConv, lambda p: True),
+    (GroupedConv, lambda p: True),
+)
+IMPLEMENTATIONS = {implementation.name: implementation for implementation, _ in PRIORITY}
+# 'reference' is the formula itself.
+STRATEGIES = ('reference', *IMPLEMENTATIONS)
+
+
+class Choice(NamedTuple):
+    """A call of the operator and how it was computed.
+
+    Attributes:
+        input_shape (tuple[int, ...]): (B, C_in, *size).
+        bank_shape (tuple[int, ...]): (K, C_out, C_in / groups, *kernel_size).
+        training (bool): Whether a backward pass followed.
+        strategy (str): One of ``STRATEGIES``.
+    """
+
+    input_shape: tuple[int, ...]
+    bank_shape: tuple[int, ...]
+    training: bool
+    strategy: str
+
+
+_records: list[list[Choice]] = []
+
+
+@contextmanager
+def record_strategies() -> Iterator[list[Choice]]:
+    """Record how every convolution inside the ``with`` block is computed.
+
+    Example::
+
+        with record_strategies() as choices:
+            model(x)
+        print(*choices, sep='\\n')
+    """
+    record: list[Choice] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
+
+
+def record(input_shape: torch.Size, bank_shape: torch.Size, training: bool, strategy: str) -> None:
+    """Add a choice to the lists of :func:`record_strategies`."""
+    for choices in _records:
+        choices.append(Choice(tuple(input_shape), tuple(bank_shape), training, strategy))
+
+
+def check_strategy(strategy: str, kernel_num: int) -> None:
+    """Refuse a strategy that does not exist or that cannot take a bank of K kernels.
+
+    Raises:
+        ValueError: The message names the strategy and what is possible.
+    """
+    if strategy not in (*STRATEGIES, 'auto', 'benchmark'):
+        raise ValueError(
+            f"strategy must be 'auto', 'benchmark' or one of {STRATEGIES}, got {strategy!r}"
+        )
+    if strategy == CpuIm2colSingleKernel.name:
+        # On whatever device the layer will be used.
+        problem = Problem('cpu', False, 1, kernel_num, False, 1, 1)
+        _require_support(CpuIm2colSingleKernel, problem)
+
+
+@lru_cache(maxsize=4096)
+def pick(
+    strategy: str,
+    device: str,
+    x_shape: torch.Size,
+    bank_shape: torch.Size,
+    element_size: int,
+    geometry: Geometry,
+    training: bool,
+) -> type[Implementation] | None:
+    """The implementation for a call; the answers are remembered, because this takes time.
+
+    Args:
+        strategy (str): 'auto' or one of ``STRATEGIES``.
+        device (str): Type of the device.
+        x_shape, bank_shape (torch.Size): Shapes of the input and of the bank.
+        element_size (int): Bytes of an entry of the bank.
+        geometry (Geometry): Geometry of the convolution.
+        training (bool): Whether a backward pass will follow.
+
+    Returns:
+        type[Implementation], optional: None stands for the formula.
+
+    Raises:
+        ValueError: The strategy is unknown, or does not support this call; the message says why.
+    """
+    check_strategy(strategy, bank_shape[0])
+    if strategy == 'reference' or _is_empty(x_shape, bank_shape, geometry):
+        return None
+    problem = _problem(device, x_shape, bank_shape, element_size, geometry, training)
+    if strategy == 'auto':
+        return next(
+            implementation
+            for implementation, is_fastest in PRIORITY
+            if implementation.unsupported_reason(problem) is None and is_fastest(problem)
+        )
+    _require_support(IMPLEMENTATIONS[strategy], problem)
+    return IMPLEMENTATIONS[strategy]
+
+
+def _is_empty(x_shape: torch.Size, bank_shape: torch.Size, geometry: Geometry) -> bool:
+    """Whether there is no output position; PyTorch's convolution then words the error."""
+    return any(size < 1 for size in geometry.output_size(x_shape[2:], bank_shape[3:]))
+
+
+def _problem(
+    device: str,
+    x_shape: torch.Size,
+    bank_shape: torch.Size,
+    element_size: int,
+    geometry: Geometry,
+    training: bool,
+) -> Problem:
+    kernel_num, *kernel_shape = bank_shape
+    return Problem(
+        device=device,
+        training=training,
+        batch=x_shape[0],
+        kernel_num=kernel_num,
+        depthwise=kernel_shape[1] == 1,
+        positions=math.prod(geometry.output_size(x_shape[2:], bank_shape[3:])),
+        kernel_bytes=x_shape[0] * math.prod(kernel_shape) * element_size,
+    )
+
+
+def _require_support(implementation: type[Implementation], problem: Problem) -> None:
+    reason = implementation.unsupported_reason(problem)
+    if reason is not None:
+        raise ValueError(f'strategy {implementation.name!r} cannot be used: {reason}')
+
+
+class Measurements:
+    """The fastest implementations as measured, for ``strategy='benchmark'``.
+
+    Sizes are put into buckets that grow by factors of two, so that images of many sizes need few
+    measurements, and the answers that were used least recently are forgotten.
+
+    Args:
+        most (int): How many answers to remember. Default: 512.
+    """
+
+    def __init__(self, most: int = 512) -> None:
+        self.most = most
+        self._fastest: OrderedDict[tuple[object, ...], type[Implementation]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._fastest)
+
+    def fastest(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        x_shape: torch.Size,
+        bank_shape: torch.Size,
+        element_size: int,
+        geometry: Geometry,
+        training: bool,
+        run: Callable[[type[Implementation]], object],
+    ) -> type[Implementation]:
+        """The supported implementation whose ``run`` takes the least time.
+
+        One that runs out of memory is passed over.
+
+        Args:
+            device, dtype: Those of the input.
+            x_shape, bank_shape, element_size, geometry, training: As in :func:`pick`.
+            run (Callable): Does the work by an implementation.
+
+        Raises:
+            RuntimeError: All of them run out of memory.
+        """
+        buckets = tuple(size.bit_length() for size in (x_shape[0], *x_shape[2:]))
+        key = (device, dtype, x_shape[1], buckets, bank_shape, element_size, geometry, training)
+        if key in self._fastest:
+            self._fastest.move_to_end(key)
+            return self._fastest[key]
+        problem = _problem(device.type, x_shape, bank_shape, element_size, geometry, training)
+        seconds: dict[type[Implementation], float] = {}
+        failure: RuntimeError | None = None
+        for implementation in IMPLEMENTATIONS.values():
+            if implementation.unsupported_reason(problem) is None:
+                try:
+                    seconds[implementation] = _seconds(run, implementation)
+                except RuntimeError as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    failure = error
+        if not seconds:
+            assert failure is not None
+            raise failure
+        self._fastest[key] = min(seconds, key=lambda implementation: seconds[implementation])
+        while len(self._fastest) > self.most:
+            self._fastest.popitem(last=False)
+        return self._fastest[key]
+
+
+def _seconds(
+    run: Callable[[type[Implementation]], object], implementation: type[Implementation]
+) -> float:
+    timer = Timer(
+        'run(implementation)',
+        globals={'run': run, 'implementation': implementation},
+        num_threads=torch.get_num_threads(),
+    )
+    return timer.blocked_autorange(min_run_time=0.02).median
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU PyTorch has no class of its own for it.
+    return isinstance(error, torch.cuda.OutOfMemoryError) or 'not enough memory' in str(error)
+
+
+measurements = Measurements()

@@ -1,0 +1,74 @@
+"""ODConv's formula as it stands in the paper, in plain PyTorch operations.
+
+    y = f ⊙ conv(c ⊙ x, Σ_j k_j · (s ⊙ W_j)) + bias
+
+All other implementations are tested against this one. It is also what tracers, exporters,
+function transforms, forward-mode and second derivatives, and empty batches are given.
+
+Paper: Omni-Dimensional Dynamic Convolution, equation 3
+(https://openreview.net/forum?id=DmpCfq6Mg39)
+"""
+
+from torch import Tensor
+
+from .attention import Attentions
+from .implementation import CONV, Geometry
+
+
+def odconv_formula(
+    x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """Compute y. The shapes are those of :func:`~mmdet_odconv.functional.odconv`."""
+    c, f, s, k = attentions
+    kernels = mix_kernel_bank(bank, s, k).to(x.dtype)
+    y = convolve_each_sample(x * _per_channel(c, x), kernels, geometry)
+    if f is not None:
+        y = y * _per_channel(f, y)
+    return y if bias is None else y + _per_channel(bias[None], y)
+
+
+def mix_kernel_bank(bank: Tensor, spatial: Tensor | None, kernel: Tensor | None) -> Tensor:
+    """The kernel of each sample, Σ_j k_j · (s ⊙ W_j).
+
+    s does not depend on j, so the sum is one matrix product, whose result s scales.
+
+    Args:
+        bank (Tensor): W, shape (K, C_out, C_in / groups, *kernel_size).
+        spatial (Tensor, optional): s, shape (B, kernel positions), or None for 1.
+        kernel (Tensor, optional): k, shape (B, K), or None for 1, which needs K = 1.
+
+    Returns:
+        Tensor: Shape (B, C_out, C_in / groups, *kernel_size). The first dimension is 1 when
+        neither s nor k is given, because all samples then share one kernel.
+    """
+    kernels = bank
+    if kernel is not None:
+        mixed = kernel.to(bank.dtype) @ bank.flatten(1)
+        kernels = mixed.reshape(-1, *bank.shape[1:])
+    if spatial is not None:
+        kernels = kernels * spatial.to(bank.dtype).reshape(-1, 1, 1, *bank.shape[3:])
+    return kernels
+
+
+def convolve_each_sample(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """The convolution of each sample with its own kernel, or of all samples with a single one."""
+    stride, padding, dilation, groups = geometry
+    conv, batch = CONV[x.dim() - 2], x.shape[0]
+    if kernels.shape[0] == 1:
+        # Not kernels[0]: a trace for a batch of one must fail with another batch.
+        return conv(x, kernels.flatten(0, 1), None, stride, padding, dilation, groups)
+    if batch == 0:
+        # The sum over no samples is a zero kernel of the right shape, which keeps every
+        # parameter in the graph. DDP needs that, and no convolution has zero groups.
+        return conv(x, kernels.sum(0), None, stride, padding, dilation, groups)
+    # Sample b becomes group b of one grouped convolution.
+    batch_as_groups = x.reshape(1, -1, *x.shape[2:])
+    y = conv(
+        batch_as_groups, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups
+    )
+    return y.reshape(batch, -1, *y.shape[2:])
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` (B, C), shaped to scale ``like`` (B, C, *size), in its type."""
+    return values.to(like.dtype).reshape(*values.shape, *(1,) * (like.dim() - 2))

@@ -1,0 +1,386 @@
+"""ODConv as one operator of input, kernel bank and attentions, for eager and compiled PyTorch.
+
+Paper: Omni-Dimensional Dynamic Convolution, equation 3
+(https://openreview.net/forum?id=DmpCfq6Mg39)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..compat import COMPILED_OPERATOR, autocast_dtype, without_autocast
+from .attention import Attentions
+from .dispatch import check_strategy, measurements, pick, record
+from .formula import odconv_formula
+from .implementation import Geometry, Gradients, Implementation, Needed, resolve_geometry
+
+# Tensors whose memory can be written directly; others have a say in each operation.
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def odconv(
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    strategy: str = 'auto',
+) -> Tensor:
+    """y = f ⊙ conv(c ⊙ x, Σ_j k_j · (s ⊙ W_j)) + bias, with attentions for each sample.
+
+    The number of spatial dimensions n (one, two or three) is that of the bank. For the backward
+    pass autograd keeps x, the bank and the attentions, and nothing else, in eager mode and under
+    ``torch.compile``.
+
+    Args:
+        x (Tensor): Input, shape (B, C_in, *size) with n sizes. B may be 0.
+        bank (Tensor): Kernel bank W, shape (K, C_out, C_in / groups, *kernel_size).
+        attentions (Attentions): c, f, s and k of each of the B samples.
+        bias (Tensor, optional): Static bias, shape (C_out,). Default: None.
+        stride, padding, dilation, groups: As in ``torch.nn.functional.conv2d``.
+        strategy (str): How to compute it; the result is the same. 'auto' follows the priorities
+            in :mod:`~mmdet_odconv.functional.dispatch`. 'benchmark' measures the implementations
+            at the first call of each shape and keeps the fastest. One of ``STRATEGIES`` asks for
+            that one. Default: 'auto'.
+
+    Returns:
+        Tensor: Shape (B, C_out, *output size), in the memory format of ``x``, and in the type
+        that a convolution gives: that of ``x``, or that of autocast.
+
+    Raises:
+        RuntimeError: ``x`` and ``bank`` have different types, as in ``torch.nn.functional.conv2d``.
+        ValueError: The shapes of the arguments do not fit each other, or the strategy is unknown
+            or cannot be used here.
+    """
+    geometry, uneven = resolve_geometry(bank.shape[3:], stride, padding, dilation, groups)
+    x = x.to(convolution_dtype(x, bank))
+    _check_shapes(x, bank, attentions, groups)
+    if uneven:
+        x = F.pad(x, uneven)
+    if torch.compiler.is_compiling() and COMPILED_OPERATOR and not torch.compiler.is_exporting():
+        check_strategy(strategy, len(bank))
+        training = _needs_gradients(x, bank, *attentions, bias)
+        return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
+    if _needs_plain_operations(x, bank):
+        check_strategy(strategy, len(bank))
+        return odconv_formula(x, bank, attentions, bias, geometry)
+
+    bank = bank.contiguous()
+    training = _needs_gradients(x, bank, *attentions, bias)
+    implementation = _choose(strategy, x, bank, attentions, geometry, training)
+    if implementation is None:
+        return odconv_formula(x, bank, attentions, bias, geometry)
+    if training:
+        return _ODConv.apply(x, bank, *attentions, bias, geometry, implementation)
+    return _forward(x, bank, attentions, bias, geometry, implementation)
+
+
+def convolution_dtype(x: Tensor, bank: Tensor) -> torch.dtype:
+    """The type in which ``torch.nn.functional.conv2d`` would compute.
+
+    Raises:
+        RuntimeError: A convolution would refuse an input of this type.
+    """
+    autocast = autocast_dtype(x.device.type)
+    if autocast is not None and _is_eligible(x) and _is_eligible(bank):
+        return autocast
+    if x.dtype != bank.dtype:
+        raise RuntimeError(
+            f'Input type ({x.dtype}) and weight type ({bank.dtype}) should be the same'
+        )
+    return x.dtype
+
+
+def _is_eligible(tensor: Tensor) -> bool:
+    """Whether autocast casts ``tensor``."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def _check_shapes(x: Tensor, bank: Tensor, attentions: Attentions, groups: int) -> None:
+    if torch.jit.is_tracing():  # Sizes are tensors in a trace, and each comparison warns.
+        return
+    kernel_num, c_out, reads, *kernel_size = bank.shape
+    if x.dim() != bank.dim() - 1 or x.shape[1] != reads * groups or c_out % groups:
+        raise ValueError(
+            f'an input of shape {tuple(x.shape)} does not fit a bank of shape '
+            f'{tuple(bank.shape)} (kernels, output channels, input channels of a group, kernel '
+            f'size) with groups={groups}'
+        )
+    batch = x.shape[0]
+    for name, attention, size in zip(
+        Attentions._fields,
+        attentions,
+        (x.shape[1], c_out, math.prod(kernel_size), kernel_num),
+        strict=True,
+    ):
+        if attention is None:
+            # Absent means 1, which takes no sum over several kernels.
+            if name == 'kernel' and kernel_num > 1:
+                raise ValueError(f'a bank of {kernel_num} kernels needs a kernel attention')
+        elif attention.shape != (batch, size):
+            raise ValueError(
+                f'the {name} attention must have shape {(batch, size)}, '
+                f'got {tuple(attention.shape)}'
+            )
+
+
+def _needs_plain_operations(x: Tensor, bank: Tensor) -> bool:
+    """Whether something follows the operations one by one, or there is nothing to compute.
+
+    That is: tracing, a function transform (``torch.func``), forward-mode derivatives, tensors
+    without memory (meta, fake) or of another class (DTensor), complex numbers, an empty batch.
+    """
+    return (
+        x.shape[0] == 0
+        or type(x) not in _ORDINARY
+        or type(bank) not in _ORDINARY
+        or x.is_meta
+        or x.is_complex()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows a function of ``tensors``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _choose(
+    strategy: str,
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    geometry: Geometry,
+    training: bool,
+) -> type[Implementation] | None:
+    """The implementation for a call, None for the formula, also entered into the records."""
+    device, shapes = x.device, (x.shape, bank.shape, bank.element_size(), geometry, training)
+    implementation = pick('auto' if strategy == 'benchmark' else strategy, device.type, *shapes)
+    if strategy == 'benchmark' and implementation is not None:
+
+        def run(implementation: type[Implementation]) -> None:
+            # Without autograd: no hook on saved tensors (activation checkpointing) sees it.
+            with torch.no_grad():
+                y = _forward(x, bank, attentions, None, geometry, implementation)
+                if training:
+                    needed = [t is not None and t.requires_grad for t in (x, bank, *attentions)]
+                    _backward(y, x, bank, attentions, geometry, implementation, needed)
+
+        implementation = measurements.fastest(device, x.dtype, *shapes, run)
+    name = 'reference' if implementation is None else implementation.name
+    record(x.shape, bank.shape, training, name)
+    return implementation
+
+
+def _forward(
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None,
+    geometry: Geometry,
+    implementation: type[Implementation],
+) -> Tensor:
+    with without_autocast(x.device.type):
+        y = implementation.forward(x.contiguous(), bank, attentions, geometry)
+        if bias is not None:
+            y.add_(bias.view(-1, *(1,) * (y.dim() - 2)))
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    geometry: Geometry,
+    implementation: type[Implementation],
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients of all inputs but the bias, of which ``needed`` says whether each is."""
+    with without_autocast(x.device.type):
+        grads = implementation.backward(
+            grad.contiguous(),
+            x.contiguous(),
+            bank,
+            attentions,
+            geometry,
+            Needed(needed[0], needed[1], any(needed[2:])),
+        )
+    if grads.x is None:
+        return grads
+    return grads._replace(x=grads.x.contiguous(memory_format=_memory_format(x)))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if not x.is_contiguous():
+        for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+            if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format
+
+
+class _ODConv(torch.autograd.Function):
+    """An implementation with its own backward pass, which makes again what it does not keep."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bank: Tensor,
+        channel: Tensor,
+        filter_: Tensor | None,
+        spatial: Tensor | None,
+        kernel: Tensor | None,
+        bias: Tensor | None,
+        geometry: Geometry,
+        implementation: type[Implementation],
+    ) -> Tensor:
+        attentions = Attentions(channel, filter_, spatial, kernel)
+        return _forward(x, bank, attentions, bias, geometry, implementation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        bias, ctx.geometry, ctx.implementation = inputs[6:]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        x, bank, *rest = inputs
+        *needed, bias_needed = ctx.needs_input_grad[:7]
+        grads: Sequence[Tensor | None]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            # A second derivative, or one for each of many gradients (vmap).
+            grads = _differentiable_backward(grad, inputs, ctx.geometry, needed)
+        else:
+            grads = _backward(
+                grad, x, bank, Attentions(*rest), ctx.geometry, ctx.implementation, needed
+            )
+        grad_bias = _bias_backward(grad, ctx.bias_dtype) if bias_needed else None
+        return *grads, grad_bias, None, None
+
+
+def _bias_backward(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.sum((0, *range(2, grad.dim())), dtype=dtype)
+
+
+def _differentiable_backward(
+    grad: Tensor, inputs: Sequence[Any], geometry: Geometry, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients as functions of the inputs, by the formula."""
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
+    x, bank, *rest = inputs
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = odconv_formula(x, bank, Attentions(*rest), None, geometry)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
+    return [
+        next(found) if t is not None and need else None
+        for t, need in zip(inputs, needed, strict=True)
+    ]
+
+
+if COMPILED_OPERATOR:
+    # What torch.compile puts into its graphs in place of the operations. An implementation is
+    # picked when the graph runs, for the shapes of that time.
+
+    @torch.library.custom_op('mmdet_odconv::odconv', mutates_args=())
+    def _compiled_odconv(
+        x: Tensor,
+        bank: Tensor,
+        channel: Tensor,
+        filter_: Tensor | None,
+        spatial: Tensor | None,
+        kernel: Tensor | None,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        strategy: str,
+        training: bool,
+    ) -> Tensor:
+        attentions = Attentions(channel, filter_, spatial, kernel)
+        geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+        bank = bank.contiguous()
+        implementation = _choose(strategy, x, bank, attentions, geometry, training)
+        if implementation is None:
+            return odconv_formula(x, bank, attentions, bias, geometry).contiguous(
+                memory_format=_memory_format(x)
+            )
+        return _forward(x, bank, attentions, bias, geometry, implementation)
+
+    @torch.library.custom_op('mmdet_odconv::odconv_backward', mutates_args=())
+    def _compiled_backward(
+        grad: Tensor,
+        x: Tensor,
+        bank: Tensor,
+        channel: Tensor,
+        filter_: Tensor | None,
+        spatial: Tensor | None,
+        kernel: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        strategy: str,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        """The gradients that are needed, in the order of the inputs."""
+        attentions = Attentions(channel, filter_, spatial, kernel)
+        geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+        bank = bank.contiguous()
+        implementation = _choose(strategy, x, bank, attentions, geometry, training=True)
+        grads: Sequence[Tensor | None]
+        if implementation is None:
+            inputs = [
+                None if t is None else t.detach().requires_grad_() for t in (x, bank, *attentions)
+            ]
+            grads = _differentiable_backward(grad, inputs, geometry, needed)
+        else:
+            grads = _backward(grad, x, bank, attentions, geometry, implementation, needed)
+        return [g for g, need in zip(grads, needed, strict=True) if need and g is not None]
+
+    @_compiled_odconv.register_fake
+    def _(x: Tensor, bank: Tensor, *args: Any) -> Tensor:
+        geometry = Geometry(*args[5:9])
+        size = geometry.output_size(x.shape[2:], bank.shape[3:])
+        y = x.new_empty(x.shape[0], bank.shape[1], *size)
+        return y.contiguous(memory_format=_memory_format(x))
+
+    @_compiled_backward.register_fake
+    def _(grad: Tensor, *args: Any) -> list[Tensor]:
+        inputs, needed = args[:6], args[-1]
+        return [
+            torch.empty_like(t, memory_format=_memory_format(t))
+            for t, need in zip(inputs, needed, strict=True)
+            if need
+        ]
+
+    def _setup_compiled_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        bias, *ctx.arguments = inputs[6:-1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    def _differentiate_compiled(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        *needed, bias_needed = ctx.needs_input_grad[:7]
+        found = iter(_compiled_backward(grad, *inputs, *ctx.arguments, needed))
+        grads = [next(found) if need else None for need in needed]
+        grad_bias = _bias_backward(grad, ctx.bias_dtype) if bias_needed else None
+        return *grads, grad_bias, *(None,) * (len(ctx.arguments) + 1)
+
+    _compiled_odconv.register_autograd(
+        _differentiate_compiled, setup_context=_setup_compiled_context
+    )
