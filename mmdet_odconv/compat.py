@@ -21,6 +21,9 @@ _SUPPORTED = {
 # compiled layer is made of the formula's operations and keeps more memory for its backward pass.
 COMPILED_OPERATOR = hasattr(torch.library, 'custom_op') and hasattr(torch.compiler, 'is_exporting')
 
+# Its name before torch 2.2.
+is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+
 # Before torch 2.4 each device had functions of its own.
 _AUTOCAST_BY_DEVICE = hasattr(torch, 'get_autocast_dtype')
 

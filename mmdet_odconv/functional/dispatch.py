@@ -240,7 +240,8 @@ def _seconds(
         globals={'run': run, 'implementation': implementation},
         num_threads=torch.get_num_threads(),
     )
-    return timer.blocked_autorange(min_run_time=0.02).median
+    # Not `median`, which is computed with tensors: under a mode for fake ones it has no value.
+    return timer.timeit(5).raw_times[0]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..compat import COMPILED_OPERATOR, autocast_dtype, without_autocast
+from ..compat import COMPILED_OPERATOR, autocast_dtype, is_compiling, without_autocast
 from .attention import Attentions
 from .dispatch import check_strategy, measurements, pick, record
 from .formula import odconv_formula
@@ -65,7 +65,7 @@ def odconv(
     _check_shapes(x, bank, attentions, groups)
     if uneven:
         x = F.pad(x, uneven)
-    if torch.compiler.is_compiling() and COMPILED_OPERATOR and not torch.compiler.is_exporting():
+    if is_compiling() and COMPILED_OPERATOR and not torch.compiler.is_exporting():
         check_strategy(strategy, len(bank))
         training = _needs_gradients(x, bank, *attentions, bias)
         return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
@@ -144,11 +144,16 @@ def _needs_plain_operations(x: Tensor, bank: Tensor) -> bool:
         or type(bank) not in _ORDINARY
         or x.is_meta
         or x.is_complex()
-        or torch.compiler.is_compiling()
+        or is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether ``grad`` is one of a vmap's, either of today's or of autograd's older one."""
+    return 'Batched' in str(torch._C._dispatch_keys(grad))
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
@@ -260,8 +265,8 @@ class _ODConv(torch.autograd.Function):
         x, bank, *rest = inputs
         *needed, bias_needed = ctx.needs_input_grad[:7]
         grads: Sequence[Tensor | None]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            # A second derivative, or one for each of many gradients (vmap).
+        if torch.is_grad_enabled() or _is_batched(grad):
+            # A second derivative, or a backward pass for many gradients at once.
             grads = _differentiable_backward(grad, inputs, ctx.geometry, needed)
         else:
             grads = _backward(

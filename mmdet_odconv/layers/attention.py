@@ -17,7 +17,7 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..compat import without_autocast
+from ..compat import is_compiling, without_autocast
 from ..functional import Attentions, sigmoid_attention, softmax_attention
 
 
@@ -186,7 +186,7 @@ class ODConvAttention(nn.Module):
             # One value has no variance: such a step uses the running statistics, untouched.
             mean, var = norm.running_mean, norm.running_var
             if mean is not None and not _is_synchronised(norm):
-                if h.shape[0] == 1 and not torch.compiler.is_compiling():
+                if h.shape[0] == 1 and not is_compiling():
                     warnings.warn(_SINGLE_SAMPLE, stacklevel=2)
                 return F.batch_norm(h, mean, var, norm.weight, norm.bias, eps=norm.eps)
         return norm(h[..., None, None]).flatten(1)
