@@ -4,7 +4,7 @@ Paper: Omni-Dimensional Dynamic Convolution (https://openreview.net/forum?id=Dmp
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -211,6 +211,18 @@ class _ODConvNd(nn.Module):
             self.groups,
             self.strategy,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        shape = self.weight.shape
+
+        def keeping_the_bank_contiguous(tensor: Tensor) -> Tensor:
+            # `to(memory_format=...)` takes the bank, which has a dimension more than the kernel
+            # of a plain convolution, for one of another kind. The same goes for its gradient.
+            if tensor.shape == shape and type(tensor) in (Tensor, nn.Parameter):
+                return fn(tensor.flatten()).view(shape)
+            return fn(tensor)
+
+        return super()._apply(keeping_the_bank_contiguous, *args, **kwargs)
 
     def extra_repr(self) -> str:
         temperature = self.attention.temperature
