@@ -65,7 +65,7 @@ def odconv(
     _check_shapes(x, bank, attentions, groups)
     if uneven:
         x = F.pad(x, uneven)
-    if is_compiling() and COMPILED_OPERATOR and not torch.compiler.is_exporting():
+    if _becomes_one_call(strategy):
         check_strategy(strategy, len(bank))
         training = _needs_gradients(x, bank, *attentions, bias)
         return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
@@ -130,6 +130,16 @@ def _check_shapes(x: Tensor, bank: Tensor, attentions: Attentions, groups: int) 
                 f'the {name} attention must have shape {(batch, size)}, '
                 f'got {tuple(attention.shape)}'
             )
+
+
+def _becomes_one_call(strategy: str) -> bool:
+    """Whether torch.compile is to put the operator as a whole into its graph."""
+    return (
+        COMPILED_OPERATOR
+        and is_compiling()
+        and not torch.compiler.is_exporting()
+        and strategy != 'reference'
+    )
 
 
 def _needs_plain_operations(x: Tensor, bank: Tensor) -> bool:
@@ -320,10 +330,8 @@ if COMPILED_OPERATOR:
         geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
         bank = bank.contiguous()
         implementation = _choose(strategy, x, bank, attentions, geometry, training)
-        if implementation is None:
-            return odconv_formula(x, bank, attentions, bias, geometry).contiguous(
-                memory_format=_memory_format(x)
-            )
+        if implementation is None:  # There is no output position, and this words the error.
+            return odconv_formula(x, bank, attentions, bias, geometry)
         return _forward(x, bank, attentions, bias, geometry, implementation)
 
     @torch.library.custom_op('mmdet_odconv::odconv_backward', mutates_args=())
@@ -347,14 +355,8 @@ if COMPILED_OPERATOR:
         geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
         bank = bank.contiguous()
         implementation = _choose(strategy, x, bank, attentions, geometry, training=True)
-        grads: Sequence[Tensor | None]
-        if implementation is None:
-            inputs = [
-                None if t is None else t.detach().requires_grad_() for t in (x, bank, *attentions)
-            ]
-            grads = _differentiable_backward(grad, inputs, geometry, needed)
-        else:
-            grads = _backward(grad, x, bank, attentions, geometry, implementation, needed)
+        assert implementation is not None  # the forward pass had one
+        grads = _backward(grad, x, bank, attentions, geometry, implementation, needed)
         return [g for g, need in zip(grads, needed, strict=True) if need and g is not None]
 
     @_compiled_odconv.register_fake

@@ -1,12 +1,16 @@
 """The layers under TorchScript's tracing and under torch.compile."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, set_temperature
-from tests.reference import randomise
+from mmdet_odconv.functional import STRATEGIES
+from tests.reference import randomise, relative_error
+from tests.test_functional.test_operator import TOOL
 
 OPTIONS = {
     'default': {},
@@ -77,14 +81,97 @@ def test_other_batches_and_sizes_do_not_compile_for_ever(compiler):
     assert compiler.frame_count <= 6
 
 
-@pytest.mark.slow
-def test_compiles_to_machine_code():
+def network(norm_cfg, **options):
+    """Several layers of different kinds, with norms and activations between them."""
+    odconv = dict(norm_cfg=norm_cfg, attention_init='published', **options)
+    model = nn.Sequential(
+        ODConv2d(4, 8, 3, padding=1, **odconv),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        ODConv2d(8, 8, 3, stride=2, padding=1, groups=8, bias=False, **odconv),
+        ODConv2d(8, 6, 1, **odconv),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1),
+    )
+    randomise(model)
+    return model
+
+
+def outputs_and_gradients(forward, model, x):
+    """The output, and the gradients of the input, of all parameters and the statistics after."""
+    model.zero_grad()
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    # Before the network, so that a wrong gradient of its input shows in a parameter as well.
+    before = (leaf * 1.5).tanh()
+    y = forward(before)
+    weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    (y * weights).sum().backward()
+    return [y.detach(), leaf.grad, *[p.grad.clone() for p in model.parameters()]]
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('kernel_num', [1, 3])
+def test_machine_code_has_the_gradients_of_eager(kernel_num, memory_format):
+    """Under inductor: of all parameters and of the input, in a network of several layers."""
     torch._dynamo.reset()
-    eager = layer()
-    compiled = torch.compile(eager, fullgraph=True)
+    model = network(dict(type='BN'), kernel_num=kernel_num)
+    compiled = copy.deepcopy(model)
+    x = torch.randn(4, 4, 10, 9).to(memory_format=memory_format)
+    expected = outputs_and_gradients(model, model, x)
+    run = torch.compile(compiled, fullgraph=True)
+    actual = outputs_and_gradients(run, compiled, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    for (name, a), b in zip(model.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(run.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_compiled_training_keeps_what_eager_keeps(compiler):
+    """And not what the formula's operations would keep, several times as much."""
+    layers = [ODConv2d(8, 8, 3, padding=1, kernel_num=4) for _ in range(3)]
+    model = nn.Sequential(*layers)
+    x = torch.randn(4, 8, 12, 12)
+    eager = TOOL.saved_bytes(model, x)
+    compiled = TOOL.saved_bytes(torch.compile(model, fullgraph=True, backend=compiler), x)
+    assert compiler.frame_count == 1
+    assert 0 < compiled <= 1.1 * eager
+
+
+@pytest.mark.parametrize('strategy', [*STRATEGIES, 'auto', 'benchmark'])
+def test_every_strategy_compiles(compiler, strategy):
+    model = nn.Sequential(layer(kernel_num=1, strategy=strategy))
     x = torch.randn(2, 4, 6, 6)
-    torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
+    run = torch.compile(model, fullgraph=True, backend=compiler)
+    expected = outputs_and_gradients(model, model, x)
+    torch.testing.assert_close(outputs_and_gradients(run, model, x), expected)
+
+
+def test_mixed_precision_compiles(compiler):
+    model = nn.Sequential(layer(), layer(in_channels=6))
+    x = torch.randn(2, 4, 6, 6)
+    run = torch.compile(model, fullgraph=True, backend=compiler)
+    results = []
+    for forward in (model, run):
+        model.zero_grad()
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            y = forward(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        results.append([y.float(), *[p.grad.clone() for p in model.parameters()]])
+    for eager, compiled in zip(*results, strict=True):
+        # The two round to bfloat16 at other places.
+        assert relative_error(compiled, eager) < 0.02
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+def test_the_registered_operator_passes_the_checks_of_pytorch(batch):
+    x, bank = torch.randn(batch, 4, 6, 6), torch.randn(3, 6, 4, 3, 3)
+    attentions = [torch.rand(batch, n) for n in (4, 6, 9, 3)]
+    inputs = [t.requires_grad_() for t in (x, bank, *attentions)]
+    args = (*inputs, None, [1, 1], [1, 1], [1, 1], 1, 'auto', True)
+    torch.library.opcheck(torch.ops.mmdet_odconv.odconv.default, args)
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')
