@@ -4,7 +4,13 @@
 ``dispatch.py`` the table that picks one of its implementations.
 """
 
-from .attention import Attentions, annealed_temperature, sigmoid_attention, softmax_attention
+from .attention import (
+    Attentions,
+    annealed_temperature,
+    at_least_float32,
+    sigmoid_attention,
+    softmax_attention,
+)
 from .dispatch import STRATEGIES, check_strategy, record_strategies
 from .formula import mix_kernel_bank, odconv_formula
 from .operator import convolution_dtype, odconv
@@ -14,6 +20,7 @@ __all__ = [
     'STRATEGIES',
     'Attentions',
     'annealed_temperature',
+    'at_least_float32',
     'bank_from_static_weight',
     'check_strategy',
     'convolution_dtype',

@@ -86,5 +86,10 @@ def annealed_temperature(
     return 1.0 / (1.0 + (1.0 / initial - 1.0) * remaining)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 in place of the half-precision types, in which sums and exponents lose too much."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(at_least_float32(logits.dtype))

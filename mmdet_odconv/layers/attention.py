@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat import is_compiling, without_autocast
-from ..functional import Attentions, sigmoid_attention, softmax_attention
+from ..functional import Attentions, at_least_float32, sigmoid_attention, softmax_attention
 
 
 class ODConvAttention(nn.Module):
@@ -159,8 +159,8 @@ class ODConvAttention(nn.Module):
             x (Tensor): Feature maps, shape (B, C_in, *size).
         """
         dtype = self.fc.weight.dtype
-        # Half-precision sums could overflow. Dividing a sum is faster than `mean` on a CPU.
-        pooled = x.sum(tuple(range(2, x.dim())), dtype=torch.promote_types(dtype, torch.float32))
+        # On a CPU a sum and a division are faster than `mean`.
+        pooled = x.sum(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
         pooled = pooled / math.prod(x.shape[2:])
         t = self.temperature
         # The branch is cheap, and the sigmoids' arguments lose too much in half precision.

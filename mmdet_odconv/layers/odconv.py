@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, fx, nn
 
-from ..functional import bank_from_static_weight, check_strategy, convolution_dtype, odconv
+from ..functional import (
+    at_least_float32,
+    bank_from_static_weight,
+    check_strategy,
+    convolution_dtype,
+    odconv,
+)
 from .attention import ODConvAttention
 
 
@@ -272,7 +278,7 @@ class _ODConvNd(nn.Module):
         whatever the states of their generators: the name is the seed.
         """
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        wide = weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+        wide = weight.detach().to(at_least_float32(self.weight.dtype))
         bank = bank_from_static_weight(wide, self.kernel_num, attention, generator=generator)
         return bank.to(self.weight.dtype)
 
