@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from mmengine.utils import digit_version
 from torch import nn
 
 from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, ODMobileNetV2, ODResNet
@@ -80,6 +81,8 @@ def test_the_function_stays_in_narrower_types(dtype, bound):
     by_torch(layer, plain.state_dict())
     assert layer.weight.dtype == dtype
     x = sample(dtype=dtype)
+    if dtype == torch.float16 and digit_version(torch.__version__) < digit_version('2.2'):
+        pytest.skip('torch before 2.2 has no matrix product of that type on a CPU')
     assert relative_error(layer.eval()(x), plain(x)) < bound
 
 
