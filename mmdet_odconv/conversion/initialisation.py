@@ -53,7 +53,9 @@ def _noting_loads(layers: list[Any]) -> Iterator[set[nn.Module]]:
 
     with ExitStack() as handles:
         for layer in layers:
-            handles.callback(layer.register_load_state_dict_pre_hook(note).remove)
+            handles.callback(
+                layer._register_load_state_dict_pre_hook(note, with_module=True).remove
+            )
         yield loaded
 
 

@@ -84,7 +84,7 @@ def slice_channels(tensor: Tensor, some: slice) -> Tensor:
 
 def rows_within(block_bytes: int, bank: Tensor, batch: int) -> int:
     """How many rows of every sample's kernel matrix fit into ``block_bytes``."""
-    return block_bytes * len(bank) // (batch * bank[:, :1].numel() * bank.element_size())
+    return block_bytes // (batch * math.prod(bank.shape[2:]) * bank.element_size())
 
 
 def mix_rows(matrices: Tensor, kernel: Tensor | None, rows: slice) -> Tensor:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.utils import _ntuple
 
 from .attention import Attentions
 
@@ -60,19 +59,25 @@ def resolve_geometry(
         tuple: The geometry, and what the input has to be padded by first, in the order of
         ``F.pad``. The latter is empty unless padding='same' differs between the two sides.
     """
-    each = _ntuple(len(kernel_size))
+    ndim = len(kernel_size)
+
+    def each(value: int | Sequence[int]) -> tuple[int, ...]:
+        return (value,) * ndim if isinstance(value, int) else tuple(value)
+
     dilations = each(dilation)
     uneven: tuple[int, ...] = ()
-    if padding == 'same':
+    if not isinstance(padding, str):
+        paddings = each(padding)
+    elif padding == 'valid':
+        paddings = each(0)
+    else:  # 'same'
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
-        padding = [total // 2 for total in totals]
+        paddings = tuple(total // 2 for total in totals)
         if any(total % 2 for total in totals):
             # F.pad wants the last dimension first. As in PyTorch, the odd one goes after.
             uneven = tuple(n for t in reversed(totals) for n in (t // 2, t - t // 2))
-            padding = 0
-    elif padding == 'valid':
-        padding = 0
-    return Geometry(each(stride), each(padding), dilations, groups), uneven
+            paddings = each(0)
+    return Geometry(each(stride), paddings, dilations, groups), uneven
 
 
 class Problem(NamedTuple):

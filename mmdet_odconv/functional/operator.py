@@ -261,7 +261,9 @@ class _ODConv(torch.autograd.Function):
         implementation: type[Implementation],
     ) -> Tensor:
         attentions = Attentions(channel, filter_, spatial, kernel)
-        return _forward(x, bank, attentions, bias, geometry, implementation)
+        y = _forward(x, bank, attentions, bias, geometry, implementation)
+        # What follows may write into y, which autograd forbids for views made in a Function.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,32 +1,42 @@
 """A runner hook that anneals the temperature of a model's ODConv layers."""
 
+import math
+
+from mmdet.datasets.samplers import MultiSourceSampler
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 
 from ..functional import annealed_temperature
 from ..layers import set_temperature
+
+# They start over in the middle of a batch, so that no data loader ever comes to its end.
+_ENDLESS_SAMPLERS = (InfiniteSampler, MultiSourceSampler)
 
 
 @HOOKS.register_module()
 class ODConvTemperatureHook(Hook):
     """Anneal the temperature from ``initial`` to 1, as the paper does in the first epochs.
 
-    The temperature is set before each iteration from the iteration's number alone, so a resumed
-    run is at once where it would have been. It is logged as the scalar
-    ``odconv_temperature``. A checkpoint carries it in the state dict's metadata: testing one that
-    was saved midway uses the temperature of that moment.
+    The temperature is set before each iteration and depends only on the number of that iteration,
+    so a resumed run continues where it stopped. The hook logs it as the scalar
+    ``odconv_temperature``. A checkpoint stores the temperature at which it was saved, and testing
+    the checkpoint uses that temperature.
 
     Args:
-        initial (float): T₀. Default: 30.0, as published.
-        anneal_epochs (int): Epochs until T = 1. In a run by iterations an epoch is one pass over
-            the training data. Default: 10, as published.
-        anneal_iters (int, optional): Iterations until T = 1, in place of ``anneal_epochs``.
-            Default: None.
-        schedule (str): 'linear' as published, or 'inverse', linear in 1/T. Default: 'linear'.
+        initial (float): T₀, the temperature at the start. Default: 30.0, as published.
+        anneal_epochs (int): Number of epochs until T = 1. In an iteration-based training loop, an
+            epoch is one pass over the training data. Default: 10, as published.
+        anneal_iters (int, optional): Number of iterations until T = 1. If it is given,
+            ``anneal_epochs`` is ignored. Default: None.
+        schedule (str): 'linear', as published, or 'inverse', which is linear in 1/T.
+            Default: 'linear'.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range. At the start of the training, also if
+            ``anneal_epochs`` is used and the train dataloader does not tell how many iterations
+            one pass over its data takes.
     """
 
     def __init__(
@@ -48,9 +58,16 @@ class ODConvTemperatureHook(Hook):
         self.schedule = schedule
 
     def before_train(self, runner: Runner) -> None:
+        # Only once: the length of some batch samplers is found by iterating over all the data.
+        self._total_iters = (
+            self.anneal_epochs * _iters_per_epoch(runner)
+            if self.anneal_iters is None
+            else self.anneal_iters
+        )
         if set_temperature(runner.model, self._temperature(runner)) == 0:
             runner.logger.warning(
-                'ODConvTemperatureHook: the model has no ODConv layer, nothing is annealed'
+                'ODConvTemperatureHook: the model has no ODConv layer, so there is no temperature '
+                'to anneal'
             )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
@@ -59,16 +76,29 @@ class ODConvTemperatureHook(Hook):
         runner.message_hub.update_scalar('train/odconv_temperature', temperature)
 
     def _temperature(self, runner: Runner) -> float:
-        total = self.anneal_iters
-        if total is None:
-            total = self.anneal_epochs * _iters_per_epoch(runner)
-        return annealed_temperature(runner.iter + 1, total, self.initial, self.schedule)
+        return annealed_temperature(runner.iter + 1, self._total_iters, self.initial, self.schedule)
 
 
 def _iters_per_epoch(runner: Runner) -> int:
-    loop = runner.train_loop
-    if isinstance(loop, EpochBasedTrainLoop):
-        return len(loop.dataloader)
-    # An InfiniteSampler has no end, but its data set has a size.
-    dataloader = loop.dataloader
-    return -(-len(dataloader.dataset) // (dataloader.batch_size * runner.world_size))
+    """The iterations of one pass over the training data.
+
+    Raises:
+        ValueError: The train dataloader does not tell.
+    """
+    dataloader = runner.train_loop.dataloader
+    # With one of mmdet's batch samplers, the loader's own `batch_size` and `sampler` mean nothing.
+    batch_sampler = dataloader.batch_sampler
+    if isinstance(getattr(batch_sampler, 'sampler', None), _ENDLESS_SAMPLERS):
+        batch_size = getattr(batch_sampler, 'batch_size', None)
+        if isinstance(batch_size, int):
+            return math.ceil(len(dataloader.dataset) / (batch_size * runner.world_size))
+    else:
+        try:
+            return len(dataloader)
+        except TypeError:  # an iterable data set, or a sampler without a length
+            pass
+    raise ValueError(
+        'ODConvTemperatureHook cannot tell how many iterations one pass over the training data '
+        f'takes (the batch sampler is {type(batch_sampler).__name__}): set anneal_iters instead '
+        'of anneal_epochs'
+    )

@@ -135,7 +135,8 @@ class ODConvAttention(nn.Module):
         if hasattr(norm, 'reset_parameters'):
             norm.reset_parameters()
         product = 1.0
-        temperature = self.temperature.item()
+        t = self.temperature
+        temperature = self.initial_temperature if t.is_meta else t.item()
         for head in self._heads():
             if head is self.kernel_fc:
                 head.reset_to_constant(0.0)

@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from mmdet.datasets.samplers import AspectRatioBatchSampler
+from mmengine.dataset import InfiniteSampler
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from mmdet_odconv import ODConv2d, ODConvTemperatureHook
 
@@ -16,6 +20,32 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         return {'inputs': torch.full((4, 6, 6), float(index))}
+
+
+class CocoLike(Images):
+    """What mmdet's samplers ask of a data set of images."""
+
+    metainfo = dict(classes=('a', 'b'))
+
+    def get_data_info(self, index):
+        size = dict(width=9 + index % 2, height=9)
+        return dict(size, images=[size])
+
+    def get_cat_ids(self, index):
+        return [index % 2]
+
+
+class Concatenated(ConcatDataset):
+    """Six images, of two data sets."""
+
+    def __init__(self):
+        super().__init__([torch.utils.data.Subset(CocoLike(), range(3)) for _ in range(2)])
+        for dataset in self.datasets:
+            dataset.get_data_info = dataset.dataset.get_data_info
+        self.get_data_info = self.datasets[0].get_data_info
+
+    def get_dataset_source(self, index):
+        return index // 3
 
 
 class Model(BaseModel):
@@ -31,21 +61,17 @@ class Model(BaseModel):
         return {'loss': self.conv(inputs).square().mean()}
 
 
-def run(work_dir, hook, epochs=4, model=None, by_iter=0, **kwargs):
+def run(work_dir, hook, epochs=4, model=None, by_iter=0, dataloader=None, **kwargs):
     loop = dict(by_epoch=True, max_epochs=epochs)
     sampler = dict(type='DefaultSampler', shuffle=False)
     if by_iter:
         loop = dict(by_epoch=False, max_iters=by_iter)
         sampler = dict(type='InfiniteSampler', shuffle=False)
+    dataloader = dict(dataset=Images(), batch_size=BATCH, sampler=sampler) | (dataloader or {})
     runner = Runner(
         model=model or Model(),
         work_dir=str(work_dir),
-        train_dataloader=dict(
-            dataset=Images(),
-            batch_size=BATCH,
-            sampler=sampler,
-            collate_fn=dict(type='default_collate'),
-        ),
+        train_dataloader=dict(dataloader, collate_fn=dict(type='default_collate')),
         train_cfg=loop,
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
         custom_hooks=[dict(type='ODConvTemperatureHook', **hook)],
@@ -90,6 +116,91 @@ def test_a_resumed_run_goes_on_where_it_would_have_been(tmp_path):
 def test_runs_by_iteration(tmp_path, hook):
     runner = run(tmp_path / 'a', hook, by_iter=8)
     assert runner.model.seen == pytest.approx([published(n, 6) for n in range(1, 9)])
+
+
+SAMPLERS = {
+    'infinite': (CocoLike, dict(type='InfiniteSampler')),
+    'default': (CocoLike, dict(type='DefaultSampler')),
+    'class-aware': (CocoLike, dict(type='mmdet.ClassAwareSampler')),
+    'multi-source': (
+        Concatenated,
+        dict(type='mmdet.MultiSourceSampler', batch_size=BATCH, source_ratio=[1, 1]),
+    ),
+    'group-multi-source': (
+        Concatenated,
+        dict(type='mmdet.GroupMultiSourceSampler', batch_size=BATCH, source_ratio=[1, 1]),
+    ),
+    'multi-data': (Concatenated, dict(type='mmdet.MultiDataSampler', dataset_ratio=[1, 1])),
+    'custom-size': (
+        Concatenated,
+        dict(type='mmdet.CustomSampleSizeSampler', dataset_size=[3, -1]),
+    ),
+}
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize(
+    'batch_sampler',
+    [
+        None,
+        dict(type='mmdet.AspectRatioBatchSampler'),
+        dict(type='mmdet.AspectRatioBatchSampler', drop_last=True),
+        dict(type='mmdet.TrackAspectRatioBatchSampler'),
+    ],
+)
+def test_runs_by_iteration_with_every_sampler(tmp_path, sampler, batch_sampler):
+    dataset, sampler = SAMPLERS[sampler]
+    dataloader = dict(dataset=dataset(), sampler=sampler, batch_sampler=batch_sampler)
+    runner = run(tmp_path / 'a', dict(anneal_epochs=2), by_iter=2, dataloader=dataloader)
+    assert runner.model.seen == pytest.approx([published(n, 6) for n in (1, 2)])
+
+
+MULTI_DATA = dict(
+    dataset=Concatenated(),
+    batch_size=[1, 2],
+    batch_sampler=dict(type='mmdet.MultiDataAspectRatioBatchSampler', num_datasets=2),
+)
+
+
+def test_runs_by_iteration_with_a_batch_size_for_each_data_set(tmp_path):
+    dataloader = dict(MULTI_DATA, sampler=dict(type='DefaultSampler'))
+    runner = run(tmp_path / 'a', dict(anneal_epochs=2), by_iter=2, dataloader=dataloader)
+    assert runner.model.seen == pytest.approx([published(n, 2 * (3 + 1)) for n in (1, 2)])
+
+
+class Unending(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield Images()[0]
+
+
+@pytest.mark.parametrize(
+    ('dataloader', 'name'),
+    [
+        (MULTI_DATA, 'MultiDataAspectRatioBatchSampler'),
+        (dict(dataset=Unending(), sampler=None), 'NoneType'),
+    ],
+)
+def test_a_loader_that_does_not_tell_the_length_of_a_pass(tmp_path, dataloader, name):
+    match = rf'how many iterations .*{name}.* set anneal_iters instead of anneal_epochs'
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path / 'a', dict(anneal_epochs=2), by_iter=2, dataloader=dataloader)
+    runner = run(tmp_path / 'b', dict(anneal_iters=6), by_iter=2, dataloader=dataloader)
+    assert runner.model.seen == pytest.approx([published(n, 6) for n in (1, 2)])
+
+
+@pytest.mark.parametrize('batch_sampler', [BatchSampler, AspectRatioBatchSampler])
+def test_the_processes_of_a_distributed_run_share_a_pass(batch_sampler):
+    dataset = CocoLike()
+    batches = batch_sampler(InfiniteSampler(dataset), batch_size=1, drop_last=False)
+    runner = SimpleNamespace(
+        model=Model(),
+        train_loop=SimpleNamespace(dataloader=DataLoader(dataset, batch_sampler=batches)),
+        world_size=2,
+        iter=0,
+    )
+    ODConvTemperatureHook(anneal_epochs=2).before_train(runner)
+    assert runner.model.conv.temperature == pytest.approx(published(1, 6))
 
 
 def test_inverse_schedule(tmp_path):

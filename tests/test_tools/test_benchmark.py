@@ -72,7 +72,7 @@ def test_peak_memory_is_that_of_the_step_alone(tool, args):
 
 def test_layers_name_their_strategy(tool, args):
     result = tool.layer_row(tool.LayerCase('training', 8, 4, 3, 5, 2, 2), args)
-    assert (result['layer'], result['strategy']) == ('8→4 3×3 at 5×5', 'kernels')
+    assert (result['layer'], result['strategy']) == ('8→4 3×3 at 5×5', 'cpu_grouped_conv')
 
 
 def test_the_published_formula_can_be_left_out(tool, args):
