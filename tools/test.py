@@ -8,6 +8,8 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import EMAHook
+from mmengine.registry import HOOKS
 from torch import nn
 
 from mmdet_odconv import cli, fuse_odconv_bn
@@ -70,7 +72,13 @@ def drop_ema(config: Config) -> None:
     A checkpoint saved under it has the averaged weights as its state dict, so none are lost.
     """
     hooks = config.get('custom_hooks') or []
-    config.custom_hooks = [hook for hook in hooks if hook['type'] != 'EMAHook']
+    config.custom_hooks = [hook for hook in hooks if not _is_ema(hook['type'])]
+
+
+def _is_ema(kind: str | type) -> bool:
+    """Whether a hook's type, a name with or without a scope or a class, is an EMA hook."""
+    found = HOOKS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(found, type) and issubclass(found, EMAHook)
 
 
 def detector_of(model: nn.Module) -> nn.Module:

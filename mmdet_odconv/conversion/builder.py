@@ -1,6 +1,7 @@
 """Conversion from a config: a builder that returns the converted detector itself."""
 
 import copy
+import inspect
 import logging
 from typing import Any
 
@@ -10,6 +11,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .convert import convert_to_odconv
+from .errors import ConversionError
 
 
 @MODELS.register_module(name='ODConvModel')
@@ -27,7 +29,7 @@ def build_odconv_model(
 
         model = dict(type='ODConvModel', detector={{_base_.model.type}}, odconv=dict(kernel_num=4))
 
-    or wrap the whole::
+    or, for models that have a field ``detector`` themselves, wrap the whole::
 
         model = dict(
             _delete_=True, type='ODConvModel', model={{_base_.model}}, odconv=dict(kernel_num=4)
@@ -48,9 +50,18 @@ def build_odconv_model(
 
     Raises:
         ValueError: Neither ``detector`` nor ``model`` says what to build.
+        ConversionError: A ValueError. The model has a field ``detector`` itself, as SoftTeacher
+            and the trackers have, and needs the second form.
     """
     config = {**copy.copy(model or {}), **fields}
     if detector is not None:
+        if not isinstance(detector, str) or _has_detector_field(detector):
+            raise ConversionError(
+                f'{detector if isinstance(detector, str) else "this model"} has a field '
+                "'detector' of its own, whose place detector=... of ODConvModel would take; "
+                "wrap the whole config instead: model=dict(_delete_=True, type='ODConvModel', "
+                'model={{_base_.model}}, odconv=...)'
+            )
         config['type'] = detector
     if 'type' not in config:
         raise ValueError('ODConvModel needs the type of a model as detector, or a config as model')
@@ -61,3 +72,9 @@ def build_odconv_model(
     report = convert_to_odconv(built, **(odconv or {}))
     print_log(f'ODConv in {type(built).__name__}:\n{report}', logger='current', level=logging.INFO)
     return built
+
+
+def _has_detector_field(name: str) -> bool:
+    """Whether the model of this type takes an argument ``detector``."""
+    kind = DETECTORS.get(name)
+    return kind is not None and 'detector' in inspect.signature(kind).parameters

@@ -252,3 +252,39 @@ def test_distributed_training(small, process_group):
         batch = demo_mm_inputs(2, [[3, 64, 64]] * 2, num_classes=3)
         logs = wrapped.train_step(batch, optimizer)
         assert logs['loss'].isfinite()
+
+
+@pytest.mark.parametrize(
+    'base',
+    [
+        'mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
+        'mmdet::bytetrack/bytetrack_yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_'
+        'test-mot17halfval.py',
+    ],
+)
+def test_a_model_with_a_detector_of_its_own_is_told_the_other_form(tmp_path, base):
+    path = tmp_path / 'named.py'
+    path.write_text(
+        f"_base_ = '{base}'\n"
+        "model = dict(type='ODConvModel', detector={{_base_.model.type}}, odconv=dict())\n"
+    )
+    with pytest.raises(ValueError, match=r"field 'detector' of its own.*model=\{\{_base_\.model"):
+        MODELS.build(Config.fromfile(path).model)
+
+
+def test_a_semi_supervised_detector_is_converted_in_the_other_form(tmp_path):
+    (tmp_path / 'base.py').write_text(
+        "_base_ = 'mmdet::soft_teacher/"
+        "soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py'\n"
+        'model = dict(detector=dict(backbone=dict(depth=18, init_cfg=None),'
+        ' neck=dict(in_channels=[64, 128, 256, 512])))\n'
+    )
+    (tmp_path / 'whole.py').write_text(
+        "_base_ = './base.py'\n"
+        "model = dict(_delete_=True, type='ODConvModel', model={{_base_.model}},"
+        " odconv=dict(kernel_num=2, include='backbone'))\n"
+    )
+    model = MODELS.build(Config.fromfile(tmp_path / 'whole.py').model)
+    assert type(model).__name__ == 'SoftTeacher'
+    assert layers(model.student.backbone)
+    assert layers(model.teacher.backbone)
