@@ -91,5 +91,10 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the cost of a call where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _wide(logits: Tensor) -> Tensor:
-    return logits.to(at_least_float32(logits.dtype))
+    return cast(logits, at_least_float32(logits.dtype))

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Attentions
+from .attention import Attentions, cast
 from .implementation import Gradients, Needed, column_scale_backward
 
 _of_thread = threading.local()
+# Entries below which the allocator is as fast.
+_LEAST_KEPT = 1 << 14
 
 
 def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -29,6 +31,8 @@ def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         dtype (torch.dtype): Its type.
     """
     numel = math.prod(shape)
+    if numel < _LEAST_KEPT:
+        return torch.empty(shape, dtype=dtype, device='cpu')
     memory = getattr(_of_thread, name, {}).get(dtype)
     if memory is None or memory.numel() < numel:
         # A tensor made in inference mode could not be written outside of it.
@@ -37,7 +41,7 @@ def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # Under a dispatch mode (fake tensors, say) the memory may not be what it seems.
         if type(memory) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
             _of_thread.__dict__.setdefault(name, {})[dtype] = memory
-    return memory[:numel].view(shape)
+    return memory.narrow(0, 0, numel).view(shape)
 
 
 def product_in_workspace(name: str, a: Tensor, b: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ def mix_rows(matrices: Tensor, kernel: Tensor | None, rows: slice) -> Tensor:
     part = slice_channels(matrices, rows)
     if kernel is None:
         return part
-    flat, kernel = part.flatten(1), kernel.to(matrices.dtype)
+    flat, kernel = part.flatten(1), cast(kernel, matrices.dtype)
     mixed = workspace('mixture', (len(kernel), flat.shape[1]), matrices.dtype)
     if len(kernel) == 1 and flat.shape[1] >= 1 << 19 and torch.get_num_threads() > 1:
         # MKL leaves a product with a single row to one thread.
@@ -151,7 +155,7 @@ class BlockGradients:
         flat = grad.flatten(1)
         if self.bank is not None:
             part = slice_channels(self.bank, rows).flatten(1)
-            torch.mm(kernel.to(flat.dtype).t(), flat, out=part)
+            torch.mm(cast(kernel, flat.dtype).t(), flat, out=part)
         if self.kernel is not None:
             self.kernel += flat @ slice_channels(self.matrices, rows).flatten(1).t()
 

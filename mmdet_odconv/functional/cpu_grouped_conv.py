@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import Attentions
+from .attention import Attentions, cast
 from .cpu_blocks import (
     Block,
     BlockGradients,
@@ -59,9 +59,9 @@ class CpuGroupedConv(Implementation):
             # A mixture may be overwritten; without one these are rows of the bank itself.
             out = None if attentions.kernel is None else kernels
             kernels = _fold(kernels, scale, early, block, out)
-            part = _convolve(x, kernels.to(x.dtype), kernel_size, geometry, block)
+            part = _convolve(x, cast(kernels, x.dtype), kernel_size, geometry, block)
             if late is not None:
-                rows = slice_channels(late, block.outputs).to(x.dtype)
+                rows = cast(slice_channels(late, block.outputs), x.dtype)
                 part.mul_(rows.view(*rows.shape, *(1,) * len(size)))
             if y is None:
                 return part
@@ -86,7 +86,7 @@ class CpuGroupedConv(Implementation):
             mixed = _grouped(mix_rows(matrices, attentions.kernel, block.outputs), block)
             kernels = _fold(mixed, scale, attentions.filter, block)
             part_x, grad_kernels = _convolve_backward(
-                grad, x, kernels.to(x.dtype), bank.shape[3:], geometry, block, needed
+                grad, x, cast(kernels, x.dtype), bank.shape[3:], geometry, block, needed
             )
             if grad_x is None:
                 grad_x = part_x
@@ -94,7 +94,7 @@ class CpuGroupedConv(Implementation):
                 grad_x[:, block.inputs].add_(part_x)
             if grad_kernels is None:
                 continue
-            grad_kernels = grad_kernels.to(bank.dtype).view(-1, *mixed.shape[1:])
+            grad_kernels = cast(grad_kernels, bank.dtype).view(-1, *mixed.shape[1:])
             if needed.attentions:
                 _add_scales(grads, grad_kernels, mixed, scale, attentions.filter, block)
             grad_mixed = _fold(grad_kernels, scale, attentions.filter, block, out=grad_kernels)
@@ -126,13 +126,13 @@ def _fold(
 
 def _column_scale(scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """c ⊗ s of a block's groups, shape (B, groups, 1, columns)."""
-    return slice_channels(scale, block.groups).unsqueeze(2).to(dtype)
+    return cast(slice_channels(scale, block.groups).unsqueeze(2), dtype)
 
 
 def _row_scale(f: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """f of a block's rows, shape (B, groups, rows of a group, 1)."""
     groups = block.groups.stop - block.groups.start
-    return slice_channels(f, block.outputs).reshape(len(f), groups, -1, 1).to(dtype)
+    return cast(slice_channels(f, block.outputs).reshape(len(f), groups, -1, 1), dtype)
 
 
 def _add_scales(

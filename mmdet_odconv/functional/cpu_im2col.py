@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attentions
+from .attention import Attentions, cast
 from .cpu_blocks import (
     Block,
     BlockGradients,
@@ -48,12 +48,12 @@ class CpuIm2col(Implementation):
         y = x.new_empty(x.shape[0], bank.shape[1], columns.shape[-1])
         for block in _blocks(x, bank, geometry):
             rows = block.outputs
-            mixed = mix_rows(matrices, attentions.kernel, rows).to(x.dtype)
+            mixed = cast(mix_rows(matrices, attentions.kernel, rows), x.dtype)
             part = mixed @ columns[:, block.groups.start]
             if f is None:
                 y[:, rows] = part
             else:
-                torch.mul(part, f[:, rows, None].to(x.dtype), out=y[:, rows])
+                torch.mul(part, cast(f[:, rows, None], x.dtype), out=y[:, rows])
         return y.view(*y.shape[:2], *patches.shape[bank.dim() - 1 :])
 
     @staticmethod
@@ -80,17 +80,17 @@ class CpuIm2col(Implementation):
             if needed.bank or needed.attentions:
                 # The gradient of the mixture, but for f.
                 grad_mixed = product_in_workspace('gradient', grad_rows, columns[:, group].mT)
-                grad_mixed = grad_mixed.to(mixed.dtype)
+                grad_mixed = cast(grad_mixed, mixed.dtype)
                 if grads.filter is not None:
                     product = workspace('product', grad_mixed.shape, grad_mixed.dtype)
                     grads.filter[:, rows] = torch.mul(grad_mixed, mixed, out=product).sum(2)
                 if f is not None:
-                    grad_mixed *= f.to(grad_mixed.dtype)
+                    grad_mixed *= cast(f, grad_mixed.dtype)
                 grads.add_mixture(grad_mixed, rows)
             if grad_columns is not None:
                 if f is not None:
-                    grad_rows = grad_rows * f.to(grad_rows.dtype)
-                kernels = mixed.to(x.dtype).expand(x.shape[0], -1, -1)
+                    grad_rows = grad_rows * cast(f, grad_rows.dtype)
+                kernels = cast(mixed, x.dtype).expand(x.shape[0], -1, -1)
                 grad_columns[:, group].baddbmm_(kernels.mT, grad_rows)
         grad_x = None
         if grad_columns is not None:
@@ -166,14 +166,14 @@ def scale_patches_backward(
     """The gradients of x and of c ⊗ s from that of :func:`scale_patches`, which is overwritten."""
     grad_scale = None
     if needed.attentions:
-        grad_scale = (grad * patches.reshape(grad.shape)).sum(3).to(scale.dtype)
+        grad_scale = cast((grad * patches.reshape(grad.shape)).sum(3), scale.dtype)
     if not needed.x:
         return None, grad_scale
-    grad *= scale[..., None].to(grad.dtype)
+    grad *= cast(scale[..., None], grad.dtype)
     return extract_patches_backward(grad.view(patches.shape), x, geometry), grad_scale
 
 
 def per_patch(scale: Tensor, patches: Tensor) -> Tensor:
     """``scale``, shaped to multiply ``patches``, in their type."""
     ndim = patches.dim() // 2 - 1
-    return scale.reshape(*patches.shape[: 2 + ndim], *(1,) * ndim).to(patches.dtype)
+    return cast(scale.reshape(*patches.shape[: 2 + ndim], *(1,) * ndim), patches.dtype)

@@ -7,7 +7,7 @@ scaled by c ⊗ s, stand side by side in one matrix.
 import torch
 from torch import Tensor
 
-from .attention import Attentions
+from .attention import Attentions, cast
 from .cpu_im2col import extract_patches, per_patch, scale_patches_backward
 from .implementation import (
     Geometry,
@@ -42,7 +42,7 @@ class CpuIm2colSingleKernel(Implementation):
         if attentions.filter is None:
             flat.copy_(products)
         else:
-            torch.mul(products, attentions.filter[..., None].to(y.dtype), out=flat)
+            torch.mul(products, cast(attentions.filter[..., None], y.dtype), out=flat)
         return y
 
     @staticmethod
@@ -64,16 +64,16 @@ class CpuIm2colSingleKernel(Implementation):
         if f is None:
             grad_products.copy_(grad.transpose(0, 1))
         else:
-            torch.mul(grad.transpose(0, 1), f.t()[..., None].to(grad.dtype), out=grad_products)
+            torch.mul(grad.transpose(0, 1), cast(f.t()[..., None], grad.dtype), out=grad_products)
         grad_products = grad_products.view(geometry.groups, -1, columns.shape[2])
 
         grad_x = grad_bank = grad_filter = channel = spatial = None
         if needed.bank:
             product = torch.bmm(grad_products, columns.mT)
-            grad_bank = product.to(bank.dtype).view(bank.shape)
+            grad_bank = cast(product, bank.dtype).view(bank.shape)
         if needed.attentions and f is not None:
             products = _by_sample(torch.bmm(matrices, columns), grad)
-            grad_filter = (products * grad).sum(2).to(f.dtype)
+            grad_filter = cast((products * grad).sum(2), f.dtype)
         if needed.x or needed.attentions:
             grad_columns = torch.bmm(matrices.mT, grad_products)
             by_sample = grad_columns.view(*grad_columns.shape[:2], x.shape[0], -1)
@@ -87,7 +87,7 @@ class CpuIm2colSingleKernel(Implementation):
 
 def _matrices(bank: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     """The one kernel as a matrix for each group: (groups, C_out / groups, columns)."""
-    return bank.view(geometry.groups, bank.shape[1] // geometry.groups, -1).to(dtype)
+    return cast(bank.view(geometry.groups, bank.shape[1] // geometry.groups, -1), dtype)
 
 
 def _side_by_side(patches: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attentions
+from .attention import Attentions, cast
 
 # By the number of spatial dimensions.
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -170,10 +170,10 @@ def column_scale_backward(grad: Tensor, attentions: Attentions) -> tuple[Tensor,
     channel, spatial = attentions.channel, attentions.spatial
     grad = grad.reshape(*channel.shape, -1)
     if spatial is None:
-        return grad[..., 0].to(channel.dtype), None
+        return cast(grad.squeeze(2), channel.dtype), None
     return (
-        (grad * spatial[:, None, :]).sum(2).to(channel.dtype),
-        (grad * channel[:, :, None]).sum(1).to(spatial.dtype),
+        cast((grad * spatial.unsqueeze(1)).sum(2), channel.dtype),
+        cast((grad * channel.unsqueeze(2)).sum(1), spatial.dtype),
     )
 
 

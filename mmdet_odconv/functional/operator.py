@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..compat import COMPILED_OPERATOR, autocast_dtype, is_compiling, without_autocast
-from .attention import Attentions
+from .attention import Attentions, cast
 from .dispatch import check_strategy, measurements, pick, record
 from .formula import odconv_formula
 from .implementation import Geometry, Gradients, Implementation, Needed, resolve_geometry
@@ -61,7 +61,7 @@ def odconv(
             or cannot be used here.
     """
     geometry, uneven = resolve_geometry(bank.shape[3:], stride, padding, dilation, groups)
-    x = x.to(convolution_dtype(x, bank))
+    x = cast(x, convolution_dtype(x, bank))
     _check_shapes(x, bank, attentions, groups)
     if uneven:
         x = F.pad(x, uneven)

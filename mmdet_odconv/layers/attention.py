@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat import is_compiling, without_autocast
 from ..functional import Attentions, at_least_float32, sigmoid_attention, softmax_attention
+from ..functional.attention import cast
 
 
 class ODConvAttention(nn.Module):
@@ -160,13 +161,11 @@ class ODConvAttention(nn.Module):
             x (Tensor): Feature maps, shape (B, C_in, *size).
         """
         dtype = self.fc.weight.dtype
-        # On a CPU a sum and a division are faster than `mean`.
-        pooled = x.sum(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
-        pooled = pooled / math.prod(x.shape[2:])
+        pooled = x.mean(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
         t = self.temperature
         # The branch is cheap, and the sigmoids' arguments lose too much in half precision.
         with without_autocast(x.device.type):
-            h = torch.relu(self._normalise(self.fc(pooled.to(dtype))))
+            h = torch.relu(self._normalise(self.fc(cast(pooled, dtype))))
             return Attentions(
                 sigmoid_attention(self.channel_fc(h), t),
                 None if self.filter_fc is None else sigmoid_attention(self.filter_fc(h), t),
@@ -190,7 +189,7 @@ class ODConvAttention(nn.Module):
                 if h.shape[0] == 1 and not is_compiling():
                     warnings.warn(_SINGLE_SAMPLE, stacklevel=2)
                 return F.batch_norm(h, mean, var, norm.weight, norm.bias, eps=norm.eps)
-        return norm(h[..., None, None]).flatten(1)
+        return norm(h.view(*h.shape, 1, 1)).flatten(1)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Published and plain weights have no temperature, and need none.
