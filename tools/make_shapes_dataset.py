@@ -7,6 +7,11 @@ The folder ``OUT`` gets ``annotations/instances_{train,val}.json`` and the image
 ``{train,val}/000000.jpg`` onwards. Image ``i`` of a split is empty if ``i % 33 == 7``, else it also
 has a crowd region if ``i % 25 == 12``: a split of 25 images has at least one of each.
 
+``--hard`` makes a set that a small network cannot solve: each of the five shapes is plain, striped
+or checked, which makes 15 classes, and nothing but shape and texture tells them apart. Hue, light,
+contrast, sharpness, noise, rotation and background vary freely, most shapes are small, and bars and
+half discs, which belong to no class, lie between them. No image of it is empty or has a crowd.
+
 The same arguments give the same bytes with the same NumPy and OpenCV, and asking for more images
 never changes the earlier ones. ``OUT/.unfinished.json`` exists only while a set is being made.
 
@@ -18,7 +23,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -30,16 +35,50 @@ Bools = NDArray[np.bool_]
 Box = tuple[slice, slice]
 
 CLASSES = ('circle', 'square', 'triangle', 'star', 'cross')
+TEXTURES = ('plain', 'striped', 'checked')
 SPLITS = ('train', 'val')
 UNFINISHED = '.unfinished.json'
 COUNT, SIDE, SEED = (0, 10**6), (64, 4096), (0, 2**63)  # least and most
 LIMITS = {'train': COUNT, 'val': COUNT, 'width': SIDE, 'height': SIDE, 'seed': SEED}
-SCALES = ((10, 30, 0.58), (34, 90, 0.32), (98, 180, 0.1))  # low, high, probability; see _scales
 CROWD_LABEL = 255  # the other labels in a scene's owner map count its objects from 1
 MAX_HIDDEN = 0.25  # share of an object that later objects may hide
 MIN_VISIBLE = 16  # px
-MAX_TURN = np.pi / 12  # upright enough to be told apart at 10 px
 HUES, HUE_RANGE = 180, 24  # of OpenCV's hues, what there is and what one class has
+
+
+class _Style(NamedTuple):
+    """What makes a set easy or hard. Scales are square roots of areas in px."""
+
+    classes: tuple[str, ...]
+    scales: tuple[tuple[float, float, float], ...]  # low, high, probability; see _scales
+    max_turn: float
+    contrast: float  # least distance of a shape's colour from what is around it
+    hues: bool  # whether a class has a range of hues of its own
+    backgrounds: int  # how many families there are
+    distractors: int  # at most so many in an image
+    disturbed: bool  # whether light, sharpness and noise vary
+
+
+EASY = _Style(
+    classes=CLASSES,
+    scales=((10, 30, 0.58), (34, 90, 0.32), (98, 180, 0.1)),
+    max_turn=np.pi / 12,  # upright enough to be told apart at 10 px
+    contrast=100,
+    hues=True,
+    backgrounds=3,
+    distractors=0,
+    disturbed=False,
+)
+HARD = _Style(
+    classes=tuple(f'{texture} {shape}' for texture in TEXTURES for shape in CLASSES),
+    scales=((11, 20, 0.45), (20, 31, 0.35), (33, 60, 0.2)),
+    max_turn=np.pi,
+    contrast=60,
+    hues=False,
+    backgrounds=5,
+    distractors=4,
+    disturbed=True,
+)
 
 
 def _unit_polygons() -> list[Floats]:
@@ -54,9 +93,12 @@ def _unit_polygons() -> list[Floats]:
     turns = np.concatenate([arm * 1j**k for k in range(4)])
     cross = np.stack([turns.real, turns.imag], axis=1)
     polygons = [ring(48), ring(4), ring(3), ring(10, inner=0.45), cross]
+    bar = np.array([[-2.5, -0.5], [2.5, -0.5], [2.5, 0.5], [-2.5, 0.5]])
+    polygons += [bar, ring(48)[:25]]
     return [p / np.sqrt(cv2.contourArea(p.astype(np.float32))) for p in polygons]
 
 
+# Of the classes' shapes, then of the two distractors, a bar and a half disc.
 UNIT_POLYGONS = _unit_polygons()
 
 
@@ -66,31 +108,42 @@ def _colours(rng: np.random.Generator, n: int, low: Sequence[int], high: Sequenc
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[:, 0].astype(np.float64)
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> Floats:
-    """Return a pattern of values between 0 and 1: noise, stripes or a gradient."""
+def _background(rng: np.random.Generator, height: int, width: int, families: int) -> Floats:
+    """Return a pattern of values between 0 and 1, of one of the first few families.
+
+    They are noise, stripes, a gradient, tiles and spots.
+    """
     noise, cell = np.zeros((height, width)), rng.uniform(24, 110)
     for octave in range(4):
         rows, columns = (int(n * 2**octave / cell) + 2 for n in (height, width))
         grid = rng.random((rows, columns))
         noise += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC) / 2**octave
     noise = np.asarray((noise - noise.min()) / np.ptp(noise))
-    angle, period, kind = rng.uniform(0, np.pi), rng.uniform(14, 70), rng.integers(3)
+    angle, period, kind = rng.uniform(0, np.pi), rng.uniform(14, 70), rng.integers(families)
     y, x = np.ogrid[:height, :width]
     along = x * np.cos(angle) + y * np.sin(angle)
     if kind == 0:
         return noise
     if kind == 1:
         return np.asarray(0.5 + 0.5 * np.sin(2 * np.pi * (along / period + noise)))
+    if kind == 3:
+        across = x * np.sin(angle) - y * np.cos(angle)
+        tiles = (along // period).astype(int) * 7 + (across // period).astype(int) * 13
+        return np.asarray(0.7 * (tiles % 5) / 4 + 0.3 * noise)
+    if kind == 4:
+        return np.asarray(np.clip(0.5 + 6 * (noise - np.quantile(noise, 0.6)), 0, 1))
     return np.asarray(0.65 * (along - along.min()) / np.ptp(along) + 0.35 * noise)
 
 
 class _Scene:
     """One picture, and which object owns each of its pixels."""
 
-    def __init__(self, rng: np.random.Generator, width: int, height: int) -> None:
-        self.rng, self.size = rng, np.array([width, height])
+    def __init__(
+        self, rng: np.random.Generator, width: int, height: int, style: _Style = EASY
+    ) -> None:
+        self.rng, self.size, self.style = rng, np.array([width, height]), style
         self.palette = _colours(rng, 2, (0, 10, 50), (180, 110, 215))
-        blend = _background(rng, height, width)[..., None]
+        blend = _background(rng, height, width, style.backgrounds)[..., None]
         self.image = self.palette[0] * (1 - blend) + self.palette[1] * blend
         self.owner = np.zeros((height, width), np.uint8)
         self.areas = np.zeros(CROWD_LABEL + 1)  # by label, before anything hides a part
@@ -116,23 +169,43 @@ class _Scene:
 
     def add_object(self, scale: float) -> None:
         """Place one shape of about ``scale ** 2`` px, smaller where room is short."""
-        category = int(self.rng.integers(len(CLASSES)))
+        category = int(self.rng.integers(len(self.style.classes)))
+        texture, shape = divmod(category, len(CLASSES))
         for _ in range(40):
-            reach = scale * np.linalg.norm(UNIT_POLYGONS[category], axis=1).max() + 3
+            reach = scale * np.linalg.norm(UNIT_POLYGONS[shape], axis=1).max() + 3
             if (self.size > 2 * reach).all():
                 centre = self.rng.uniform(reach, self.size - reach)
-                cover, box = self._shape(category, scale, centre)
+                cover, box = self._shape(shape, scale, centre)
                 if self._fits(cover > 0.5, box):
-                    self._paint(cover, box, self._contrasting(category, box))
+                    self._paint(cover, box, self._contrasting(category, box), TEXTURES[texture])
                     self.objects.append(category)
                     self.owner[box][cover > 0.5] = len(self.objects)
                     self.areas[len(self.objects)] = (cover > 0.5).sum()
                     return
             scale = max(scale * 0.96, 8.0)
 
+    def add_distractor(self) -> None:
+        """Draw a bar or half disc that belongs to no class and that objects may cover."""
+        shape = len(CLASSES) + int(self.rng.integers(2))
+        scale = self.rng.uniform(10, 24)
+        reach = scale * np.linalg.norm(UNIT_POLYGONS[shape], axis=1).max() + 3
+        if (self.size > 2 * reach).all():
+            cover, box = self._shape(shape, scale, self.rng.uniform(reach, self.size - reach))
+            texture = TEXTURES[self.rng.integers(len(TEXTURES))]
+            self._paint(cover, box, self._contrasting(0, box), texture)
+
+    def disturb(self) -> None:
+        """Change light, contrast and sharpness of the whole picture."""
+        gain, middle = self.rng.uniform(0.45, 1.1), self.rng.uniform(70, 180)
+        self.image = (self.image - 128) * gain + middle
+        blur = self.rng.uniform(0, 1.1)
+        if blur > 0.3:
+            self.image = cv2.GaussianBlur(self.image, (0, 0), blur)
+
     def jpeg(self) -> bytes:
         """Return the picture with some sensor noise, as a JPEG file."""
-        grain = self.rng.normal(0, self.rng.uniform(1, 5), self.owner.shape)
+        most = 14 if self.style.disturbed else 5
+        grain = self.rng.normal(0, self.rng.uniform(1, most), self.owner.shape)
         pixels = np.clip(self.image + grain[..., None], 0, 255).astype(np.uint8)
         return cv2.imencode('.jpg', pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
@@ -142,11 +215,11 @@ class _Scene:
         masks = [(c, self.owner == label) for label, c in enumerate(self.objects, 1)]
         return crowd + [_annotation(c, m, False) for c, m in masks if m.sum() >= MIN_VISIBLE]
 
-    def _shape(self, category: int, scale: float, centre: Floats) -> tuple[Floats, Box]:
+    def _shape(self, shape: int, scale: float, centre: Floats) -> tuple[Floats, Box]:
         """Return a tilted shape's anti-aliased coverage and the image part it lies in."""
-        angle = self.rng.uniform(-MAX_TURN, MAX_TURN)
+        angle = self.rng.uniform(-self.style.max_turn, self.style.max_turn)
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        points = UNIT_POLYGONS[category] @ turn * scale + centre
+        points = UNIT_POLYGONS[shape] @ turn * scale + centre
         x0, y0 = np.floor(points.min(axis=0)).astype(int) - 1
         x1, y1 = np.ceil(points.max(axis=0)).astype(int) + 2
         cover = np.zeros((y1 - y0, x1 - x0), np.uint8)
@@ -164,29 +237,43 @@ class _Scene:
 
     def _contrasting(self, category: int, box: Box) -> Floats:
         """Draw a strong colour of the class that stands out from what the picture has here."""
-        hue = category * HUES // len(CLASSES)
-        colours = _colours(self.rng, 24, (hue, 110, 80), (hue + HUE_RANGE, 256, 256))
+        first, end = 0, HUES
+        if self.style.hues:
+            first = category * HUES // len(CLASSES)
+            end = first + HUE_RANGE
+        colours = _colours(self.rng, 24, (first, 110, 80), (end, 256, 256))
         step = max(1, (box[0].stop - box[0].start) // 12)
         pixels = self.image[box][::step, ::step].reshape(-1, 3)
         distance = np.linalg.norm(colours[:, None] - pixels, axis=2)
         contrast = np.quantile(distance, 0.05, axis=1)  # ignores a few odd pixels
-        good = contrast > 100
+        good = contrast > self.style.contrast
         return np.asarray(colours[np.argmax(good) if good.any() else np.argmax(contrast)])
 
-    def _paint(self, cover: Floats, box: Box, colour: Floats) -> None:
-        """Blend a shaded and finely striped colour into the picture."""
+    def _paint(self, cover: Floats, box: Box, colour: Floats, texture: str = 'plain') -> None:
+        """Blend a shaded and finely striped colour into the picture, and a texture over it."""
         y, x = np.ogrid[-1 : 1 : cover.shape[0] * 1j, -1 : 1 : cover.shape[1] * 1j]
         angle = self.rng.uniform(0, 2 * np.pi)
         c, s = np.cos(angle), np.sin(angle)
         stripes = np.sin((x * s - y * c) * max(cover.shape) / self.rng.uniform(2, 8))
         light = 1 + 0.18 * (x * c + y * s) + self.rng.uniform(0, 0.09) * stripes
         alpha = cover[..., None]
+        if texture != 'plain':
+            # Stripes and checks in a much darker or lighter tone, seen from 10 px on.
+            side = max(cover.shape)
+            waves = [
+                np.sin(along * np.pi * max(1.5, side / 9))
+                for along in (x * c + y * s, x * s - y * c)
+            ]
+            wave = waves[0] if texture == 'striped' else waves[0] * waves[1]
+            other = colour * 0.25 if colour.mean() > 110 else 255 - (255 - colour) * 0.35
+            mix = np.clip(0.5 + 2.5 * wave, 0, 1)[..., None]
+            colour = colour * (1 - mix) + other * mix
         self.image[box] = self.image[box] * (1 - alpha) + colour * light[..., None] * alpha
 
 
-def _scales(rng: np.random.Generator, limit: float) -> list[float]:
+def _scales(rng: np.random.Generator, style: _Style, limit: float) -> list[float]:
     """Draw the square roots of the objects' areas, largest first so that all find room."""
-    bands = [(low, min(high, limit), odds) for low, high, odds in SCALES if low < limit]
+    bands = [(low, min(high, limit), odds) for low, high, odds in style.scales if low < limit]
     odds = np.array([band[2] for band in bands])
     picks = rng.choice(len(bands), rng.integers(2, 11), p=odds / odds.sum())
     return sorted((float(rng.uniform(*bands[i][:2])) for i in picks), reverse=True)
@@ -194,14 +281,23 @@ def _scales(rng: np.random.Generator, limit: float) -> list[float]:
 
 def _scene(arguments: dict[str, int], split: str, index: int) -> _Scene:
     rng = np.random.default_rng([arguments['seed'], SPLITS.index(split), index])
-    scene = _Scene(rng, arguments['width'], arguments['height'])
-    if index % 33 == 7:
+    style = _style(arguments)
+    scene = _Scene(rng, arguments['width'], arguments['height'], style)
+    if style is EASY and index % 33 == 7:
         return scene
-    if index % 25 == 12:
+    if style is EASY and index % 25 == 12:
         scene.add_crowd()
-    for scale in _scales(rng, 0.42 * min(scene.size)):
+    for _ in range(rng.integers(style.distractors + 1) if style.distractors else 0):
+        scene.add_distractor()
+    for scale in _scales(rng, style, 0.42 * min(scene.size)):
         scene.add_object(scale)
+    if style.disturbed:
+        scene.disturb()
     return scene
+
+
+def _style(arguments: dict[str, int]) -> _Style:
+    return HARD if arguments.get('hard') else EASY
 
 
 def _polygons(mask: Bools) -> list[list[float]]:
@@ -251,7 +347,10 @@ def _make_split(out: Path, arguments: dict[str, int], split: str) -> dict[str, A
         for annotation in scene.annotations():
             ids = {'id': len(annotations) + 1, 'image_id': index + 1}
             annotations.append(ids | annotation)
-    categories = [{'id': i, 'name': n, 'supercategory': 'shape'} for i, n in enumerate(CLASSES, 1)]
+    categories = [
+        {'id': i, 'name': name, 'supercategory': 'shape'}
+        for i, name in enumerate(_style(arguments).classes, 1)
+    ]
     content = {'info': _info(arguments), 'licenses': [], 'categories': categories}
     return content | {'images': images, 'annotations': annotations}
 
@@ -315,6 +414,7 @@ def make_shapes_dataset(
     val: int = 100,
     size: tuple[int, int] = (256, 256),
     seed: int = 0,
+    hard: bool = False,
 ) -> bool:
     """Make the data set, unless the folder holds it already.
 
@@ -324,6 +424,7 @@ def make_shapes_dataset(
         val: Number of validation images.
         size: Width and height of the images, in pixels.
         seed: Seed of everything random.
+        hard: Whether to make the hard set of 15 classes in place of the easy one of five.
 
     Returns:
         True if the set was made, False if it was there already and nothing was written.
@@ -334,6 +435,8 @@ def make_shapes_dataset(
     """
     out, (width, height) = Path(out), size
     arguments = {'train': train, 'val': val, 'width': width, 'height': height, 'seed': seed}
+    if hard:
+        arguments['hard'] = 1
     _check(arguments)
     if _is_complete(out, arguments):
         return False
@@ -374,6 +477,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--size', type=int, nargs=2, default=(256, 256), metavar=('WIDTH', 'HEIGHT')
     )
     parser.add_argument('--seed', type=int, default=0, help='random seed (%(default)s)')
+    parser.add_argument('--hard', action='store_true', help='the hard set of 15 classes')
     args = parser.parse_args(argv)
     try:
         made = make_shapes_dataset(**vars(args))
