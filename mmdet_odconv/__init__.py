@@ -20,12 +20,21 @@ from .checkpoint import (  # noqa: E402
 from .conversion import convert_to_odconv  # noqa: E402
 from .deployment import fuse_odconv_bn  # noqa: E402
 from .hooks import ODConvTemperatureHook  # noqa: E402
-from .layers import ODConv1d, ODConv2d, ODConv3d, set_temperature  # noqa: E402
+from .layers import (  # noqa: E402
+    CondConv2d,
+    DyConv2d,
+    ODConv1d,
+    ODConv2d,
+    ODConv3d,
+    set_temperature,
+)
 from .version import __version__  # noqa: E402
 
 register_safe_globals()
 
 __all__ = [
+    'CondConv2d',
+    'DyConv2d',
     'ODConv1d',
     'ODConv2d',
     'ODConv3d',

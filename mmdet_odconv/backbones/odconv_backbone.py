@@ -2,9 +2,8 @@
 
 from typing import Any
 
+from mmengine.registry import MODELS
 from torch import nn
-
-from ..layers import ODConv2d
 
 
 class ODConvBackbone:
@@ -13,17 +12,19 @@ class ODConvBackbone:
     Args:
         *args, **kwargs: Those of mmdet's backbone.
         kernel_num (int): K, kernels in each bank. Default: 4.
-        reduction (float): Width of the attention branches relative to their input. Default: 1/16.
+        reduction (float, optional): Width of the attention branches relative to their input.
+            Default: that of the layer, which is 1/16 for ODConv.
         temperature (float): T of the attentions. Default: 1.0.
-        odconv_cfg (dict, optional): Further arguments of every
-            :class:`~mmdet_odconv.ODConv2d`, for example ``dict(norm_cfg=dict(type='LN'))``.
+        odconv_cfg (dict, optional): Further arguments of every layer, for example
+            ``dict(norm_cfg=dict(type='LN'))``, and its type, if it is not
+            :class:`~mmdet_odconv.ODConv2d` but, say, ``dict(type='CondConv2d')``.
     """
 
     def __init__(
         self,
         *args: Any,
         kernel_num: int = 4,
-        reduction: float = 1 / 16,
+        reduction: float | None = None,
         temperature: float = 1.0,
         odconv_cfg: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -31,12 +32,14 @@ class ODConvBackbone:
         # Before the constructor of mmdet's backbone, which may build its stages with odconv_like.
         self._odconv_args = {
             'kernel_num': kernel_num,
-            'reduction': reduction,
             'temperature': temperature,
             **(odconv_cfg or {}),
         }
+        if reduction is not None:
+            self._odconv_args['reduction'] = reduction
+        self._layer = MODELS.get(self._odconv_args.pop('type', 'ODConv2d'))
         super().__init__(*args, **kwargs)
 
     def odconv_like(self, conv: Any) -> nn.Module:
         """An ODConv layer of the backbone's arguments with the geometry of the plain ``conv``."""
-        return ODConv2d.like(conv, **self._odconv_args)
+        return self._layer.like(conv, **self._odconv_args)

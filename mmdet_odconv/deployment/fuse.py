@@ -6,10 +6,10 @@ from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ODConv1d, ODConv2d, ODConv3d, ODConvAttention
+from ..layers import CondConv2d, DyConv2d, ODConv1d, ODConv2d, ODConv3d, ODConvAttention
 from .execution import directly_following
 
-_DYNAMIC = (ODConv1d, ODConv2d, ODConv3d)
+_DYNAMIC = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d)
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d)
 
 
@@ -40,8 +40,10 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
                 conv.has_bias = True
             _replace(parent, norm_name)
     for module in model.modules():
-        if isinstance(module, ODConvAttention) and _is_constant(
-            module.bn, module.fc.weight.shape[0]
+        if (
+            isinstance(module, ODConvAttention)
+            and module.fc is not None
+            and _is_constant(module.bn, module.fc.weight.shape[0])
         ):
             _fold(module.bn, module.fc, 0)
             module.bn = nn.Identity()

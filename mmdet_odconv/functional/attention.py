@@ -16,11 +16,11 @@ class Attentions(NamedTuple):
     ``None`` stands for an attention that is absent, that is, equal to 1 everywhere.
 
     Attributes:
-        channel (Tensor): Input-channel attention c, shape (B, C_in).
+        channel (Tensor): Input-channel attention c, shape (B, C_in). It is always there.
         filter (Tensor, optional): Output-filter attention f, shape (B, C_out). It is absent when
             the convolution is depthwise, because c already scales each filter there.
         spatial (Tensor, optional): Spatial attention s, shape (B, kernel positions), shared by
-            all kernels of the bank. It is absent when the kernel has a single position.
+            all kernels of the bank.
         kernel (Tensor, optional): Kernel-number attention k, shape (B, K). It is absent when K = 1.
     """
 

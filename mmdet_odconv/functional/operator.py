@@ -63,6 +63,8 @@ def odconv(
     geometry, uneven = resolve_geometry(bank.shape[3:], stride, padding, dilation, groups)
     x = cast(x, convolution_dtype(x, bank))
     _check_shapes(x, bank, attentions, groups)
+    if attentions.spatial is None:
+        attentions = attentions._replace(spatial=_spatial_ones(x, bank))
     if uneven:
         x = F.pad(x, uneven)
     if _becomes_one_call(strategy):
@@ -130,6 +132,12 @@ def _check_shapes(x: Tensor, bank: Tensor, attentions: Attentions, groups: int) 
                 f'the {name} attention must have shape {(batch, size)}, '
                 f'got {tuple(attention.shape)}'
             )
+
+
+def _spatial_ones(x: Tensor, bank: Tensor) -> Tensor | None:
+    """What the implementations take for an absent spatial attention."""
+    positions = math.prod(bank.shape[3:])
+    return None if positions == 1 else x.new_ones(x.shape[0], positions, dtype=bank.dtype)
 
 
 def _becomes_one_call(strategy: str) -> bool:

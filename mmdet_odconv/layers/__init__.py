@@ -1,6 +1,15 @@
 """ODConv as layers: modules that own the parameters and call the functions of ``functional``."""
 
 from .attention import ODConvAttention, set_temperature
+from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
 
-__all__ = ['ODConv1d', 'ODConv2d', 'ODConv3d', 'ODConvAttention', 'set_temperature']
+__all__ = [
+    'CondConv2d',
+    'DyConv2d',
+    'ODConv1d',
+    'ODConv2d',
+    'ODConv3d',
+    'ODConvAttention',
+    'set_temperature',
+]

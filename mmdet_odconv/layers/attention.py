@@ -29,6 +29,9 @@ class ODConvAttention(nn.Module):
     entries. Each head is a 1×1 convolution with bias on h, followed by σ(·/T), or by softmax(·/T)
     for the kernel attention.
 
+    With some of the four attentions left out, it is the attention of other dynamic convolutions
+    too: CondConv and DyConv have the kernel attention alone.
+
     The temperature T is a buffer, so it is saved with the weights and follows them through every
     wrapper. A state dict without it, as all published ones, leaves the temperature as it is.
 
@@ -38,14 +41,20 @@ class ODConvAttention(nn.Module):
         kernel_size (Sequence[int]): Kernel size; its length is the number of spatial dimensions.
         groups (int): Groups of the convolution. Default: 1.
         kernel_num (int): K, the number of kernels in the bank. Default: 4.
-        reduction (float): Width of h relative to C_in. Default: 1/16.
+        reduction (float, optional): Width of h relative to C_in. With None there is no h, and the
+            heads read the average GAP(x) itself. Default: 1/16.
         min_attention_channels (int): The least width of h. Default: 16.
         temperature (float): T, positive. Default: 1.0.
         norm_cfg (dict, optional): Norm of h: BN, SyncBN, LN or GN with their arguments, or None
             for no norm. Default: ``dict(type='BN')``.
         attention_init (str): 'zero' or 'published', see :meth:`reset_parameters`.
             Default: 'zero'.
-        attention_bias (float): Bias of the sigmoid heads at the 'zero' start. Default: 2.2.
+        attention_bias (float): Bias of the channel, filter and spatial head at the 'zero' start.
+            Default: 2.2.
+        attentions (Sequence[str]): Which attentions there are; the others are 1 everywhere. A bank
+            of several kernels needs 'kernel'. Default: all, in the order of :class:`Attentions`.
+        kernel_activation (str): 'softmax', or 'sigmoid' for a kernel attention that need not sum
+            to 1. Default: 'softmax'.
         device, dtype: As in ``torch.nn.Conv2d``.
 
     Raises:
@@ -53,6 +62,10 @@ class ODConvAttention(nn.Module):
     """
 
     temperature: Tensor
+    channel_fc: 'PointwiseConv | None'
+    filter_fc: 'PointwiseConv | None'
+    spatial_fc: 'PointwiseConv | None'
+    kernel_fc: 'PointwiseConv | None'
 
     def __init__(
         self,
@@ -61,19 +74,21 @@ class ODConvAttention(nn.Module):
         kernel_size: Sequence[int],
         groups: int = 1,
         kernel_num: int = 4,
-        reduction: float = 1 / 16,
+        reduction: float | None = 1 / 16,
         min_attention_channels: int = 16,
         temperature: float = 1.0,
         norm_cfg: dict[str, Any] | None = dict(type='BN'),  # noqa: B006  mmdet's idiom
         attention_init: str = 'zero',
         attention_bias: float = 2.2,
+        attentions: Sequence[str] = Attentions._fields,
+        kernel_activation: str = 'softmax',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if kernel_num < 1:
             raise ValueError(f'kernel_num must be at least 1, got {kernel_num}')
-        if reduction <= 0:
+        if reduction is not None and reduction <= 0:
             raise ValueError(f'reduction must be positive, got {reduction}')
         if min_attention_channels < 1:
             raise ValueError(
@@ -83,26 +98,50 @@ class ODConvAttention(nn.Module):
             raise ValueError(
                 f"attention_init must be 'zero' or 'published', got {attention_init!r}"
             )
+        if kernel_activation not in ('softmax', 'sigmoid'):
+            raise ValueError(
+                f"kernel_activation must be 'softmax' or 'sigmoid', got {kernel_activation!r}"
+            )
+        _check_attentions(attentions, kernel_num)
+        softmax = kernel_activation == 'softmax'
+        self.kernel_sum = 1.0 if softmax else kernel_num / 2  # where its logits are 0
+        self._activations = (
+            *(sigmoid_attention,) * 3,
+            softmax_attention if softmax else sigmoid_attention,
+        )
         self.attention_init = attention_init
         self.attention_bias = attention_bias
         self.initial_temperature = _positive(temperature)
 
-        width = max(int(in_channels * reduction), min_attention_channels)
         positions = math.prod(kernel_size)
+        # Depthwise, c already scales each filter.
         depthwise = groups == in_channels == out_channels
+        sizes = {'channel': in_channels}
+        if not depthwise:
+            sizes['filter'] = out_channels
+        if positions > 1:
+            sizes['spatial'] = positions
+        if kernel_num > 1:
+            sizes['kernel'] = kernel_num
+        sizes = {name: size for name, size in sizes.items() if name in attentions}
+
+        width = in_channels
+        if reduction is not None:
+            width = max(int(in_channels * reduction), min_attention_channels)
         pointwise = partial(PointwiseConv, ndim=len(kernel_size), device=device, dtype=dtype)
         zero = attention_init == 'zero'
         sigmoid_head = partial(pointwise, width, constant=attention_bias if zero else None)
         # The softmax takes no notice of a constant that its K logits share.
         softmax_head = partial(pointwise, width, constant=0.0 if zero else None)
 
-        self.fc = pointwise(in_channels, width, bias=False)
-        self.bn = nn.Identity() if norm_cfg is None else build_norm_layer(norm_cfg, width)[1]
-        self.bn.to(device=device, dtype=dtype)
-        self.channel_fc = sigmoid_head(in_channels)
-        self.filter_fc = None if depthwise else sigmoid_head(out_channels)
-        self.spatial_fc = None if positions == 1 else sigmoid_head(positions)
-        self.kernel_fc = None if kernel_num == 1 else softmax_head(kernel_num)
+        squeeze = reduction is not None and bool(sizes)
+        self.fc = pointwise(in_channels, width, bias=False) if squeeze else None
+        self.bn = nn.Identity()
+        if squeeze and norm_cfg is not None:
+            self.bn = build_norm_layer(norm_cfg, width)[1].to(device=device, dtype=dtype)
+        for name in Attentions._fields:
+            head = softmax_head if name == 'kernel' else sigmoid_head
+            self.add_module(f'{name}_fc', head(sizes[name]) if name in sizes else None)
         self.register_buffer('temperature', torch.empty((), device=device, dtype=torch.float32))
         self.temperature.fill_(self.initial_temperature)
 
@@ -118,7 +157,7 @@ class ODConvAttention(nn.Module):
         """
         modules: list[Any] = [self.fc, self.bn, *self._heads()]
         for module in modules:
-            if hasattr(module, 'reset_parameters'):
+            if module is not None and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
         self.temperature.fill_(self.initial_temperature)
 
@@ -130,7 +169,8 @@ class ODConvAttention(nn.Module):
 
         Returns:
             float: The product of the channel, filter and spatial attention, each
-            σ(attention_bias / T) where present; the kernel attention is 1/K.
+            σ(attention_bias / T) where present, and of the sum of the kernel attention, which is 1
+            for a softmax and K/2 for sigmoids.
         """
         norm: Any = self.bn
         if hasattr(norm, 'reset_parameters'):
@@ -141,6 +181,7 @@ class ODConvAttention(nn.Module):
         for head in self._heads():
             if head is self.kernel_fc:
                 head.reset_to_constant(0.0)
+                product *= self.kernel_sum
             else:
                 head.reset_to_constant(self.attention_bias)
                 product /= 1 + math.exp(-self.attention_bias / temperature)
@@ -160,18 +201,22 @@ class ODConvAttention(nn.Module):
         Args:
             x (Tensor): Feature maps, shape (B, C_in, *size).
         """
-        dtype = self.fc.weight.dtype
-        pooled = x.mean(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
-        t = self.temperature
+        heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
+        some = next((head for head in heads if head is not None), None)
+        if some is None:
+            return Attentions(_ones(x))
+        dtype, t = some.weight.dtype, self.temperature
+        h = x.mean(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
         # The branch is cheap, and the sigmoids' arguments lose too much in half precision.
         with without_autocast(x.device.type):
-            h = torch.relu(self._normalise(self.fc(cast(pooled, dtype))))
-            return Attentions(
-                sigmoid_attention(self.channel_fc(h), t),
-                None if self.filter_fc is None else sigmoid_attention(self.filter_fc(h), t),
-                None if self.spatial_fc is None else sigmoid_attention(self.spatial_fc(h), t),
-                None if self.kernel_fc is None else softmax_attention(self.kernel_fc(h), t),
+            h = cast(h, dtype)
+            if self.fc is not None:
+                h = torch.relu(self._normalise(self.fc(h)))
+            channel, filter_, spatial, kernel = (
+                None if head is None else activation(head(h), t)
+                for head, activation in zip(heads, self._activations, strict=True)
             )
+        return Attentions(_ones(x) if channel is None else channel, filter_, spatial, kernel)
 
     def _heads(self) -> list['PointwiseConv']:
         heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
@@ -282,6 +327,22 @@ _SINGLE_SAMPLE = (
     "batches are like this, use norm_cfg=dict(type='LN') for the ODConv layers, and note that "
     'update_bn and precise BatchNorm need batches of at least two samples.'
 )
+
+
+def _check_attentions(attentions: Sequence[str], kernel_num: int) -> None:
+    known = Attentions._fields
+    if isinstance(attentions, str) or not set(attentions) <= set(known):
+        raise ValueError(f'attentions must be some of {known}, got {attentions!r}')
+    if kernel_num > 1 and 'kernel' not in attentions:
+        raise ValueError(
+            f"a bank of several kernels needs the 'kernel' attention, got kernel_num={kernel_num} "
+            f'and attentions={attentions!r}'
+        )
+
+
+def _ones(x: Tensor) -> Tensor:
+    """The channel attention where there is none."""
+    return x.new_ones(x.shape[:2], dtype=at_least_float32(x.dtype))
 
 
 def _positive(temperature: float) -> float:

@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, fx, nn
 
 from ..functional import (
+    Attentions,
     at_least_float32,
     bank_from_static_weight,
     check_strategy,
@@ -47,8 +48,8 @@ class _ODConvNd(nn.Module):
             padding_mode: As in ``torch.nn.Conv2d``.
         device, dtype: As in ``torch.nn.Conv2d``.
         kernel_num (int): K, kernels in the bank. Default: 4.
-        reduction (float): Width of the attention branch relative to ``in_channels``.
-            Default: 1/16.
+        reduction (float, optional): Width of the attention branch relative to ``in_channels``,
+            None for heads that read the average itself. Default: 1/16.
         min_attention_channels (int): Least width of the attention branch. Default: 16.
         temperature (float): T of the attentions, positive. Default: 1.0.
         norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, LN or GN, or None.
@@ -56,6 +57,10 @@ class _ODConvNd(nn.Module):
         attention_init (str): 'zero' or 'published'
             (:meth:`ODConvAttention.reset_parameters`). Default: 'zero'.
         attention_bias (float): Bias of the sigmoid heads at the 'zero' init. Default: 2.2.
+        attentions (Sequence[str]): Which of 'channel', 'filter', 'spatial' and 'kernel' there are;
+            K > 1 needs 'kernel'. Default: all four.
+        kernel_activation (str): 'softmax' or 'sigmoid', for the kernel attention.
+            Default: 'softmax'.
         strategy (str): How the convolution is computed, the result being the same: 'auto',
             'benchmark' or a name (:func:`~mmdet_odconv.functional.odconv`). Default: 'auto'.
 
@@ -89,12 +94,14 @@ class _ODConvNd(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         kernel_num: int = 4,
-        reduction: float = 1 / 16,
+        reduction: float | None = 1 / 16,
         min_attention_channels: int = 16,
         temperature: float = 1.0,
         norm_cfg: dict[str, Any] | None = dict(type='BN'),  # noqa: B006  mmdet's idiom
         attention_init: str = 'zero',
         attention_bias: float = 2.2,
+        attentions: Sequence[str] = Attentions._fields,
+        kernel_activation: str = 'softmax',
         strategy: str = 'auto',
     ) -> None:
         super().__init__()
@@ -125,6 +132,8 @@ class _ODConvNd(nn.Module):
             norm_cfg=norm_cfg,
             attention_init=attention_init,
             attention_bias=attention_bias,
+            attentions=attentions,
+            kernel_activation=kernel_activation,
             device=device,
             dtype=dtype,
         )
