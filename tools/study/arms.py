@@ -1,0 +1,43 @@
+"""The arms of the study: what each changes in base.py."""
+
+from typing import Any
+
+Options = dict[str, Any]
+
+
+def dynamic(kernel_num: int, **odconv_cfg: Any) -> Options:
+    """The backbone with dynamic convolutions in its blocks; their stem and shortcuts stay plain."""
+    return {
+        'model.backbone.type': 'ODResNet',
+        'model.backbone.kernel_num': kernel_num,
+        'model.backbone.odconv_cfg': odconv_cfg,
+    }
+
+
+def wide(channels: int) -> Options:
+    """The plain network with more channels in its first stage than 16, and in all that follow."""
+    return {
+        'model.backbone.base_channels': channels,
+        'model.neck.in_channels': [channels * 2**stage for stage in range(4)],
+    }
+
+
+LN = dict(type='LN')
+
+ARMS: dict[str, Options] = {
+    'plain': {},
+    'od_k1': dynamic(1),
+    'od_k4': dynamic(4),
+    'od_k1_ln': dynamic(1, norm_cfg=LN),
+    'od_k4_ln': dynamic(4, norm_cfg=LN),
+    'condconv_k4': dynamic(4, type='CondConv2d'),
+    'condconv_k8': dynamic(8, type='CondConv2d'),
+    'dyconv_k4': dynamic(4, type='DyConv2d'),
+    'od_spatial': dynamic(1, attentions=('spatial',)),
+    'od_channel': dynamic(1, attentions=('channel',)),
+    'od_filter': dynamic(1, attentions=('filter',)),
+    'od_kernel': dynamic(4, attentions=('kernel',)),
+    # As many multiply-adds, or as much time for a step, as od_k4: see docs/study.md.
+    'plain_wide_madds': wide(17),
+    'plain_wide_time': wide(20),
+}
