@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import ODConv2d
+from ..layers import ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
-from .rules import TWINS, guard, obstacle
+from .rules import REPLACEABLE, blocking_reason, default_exclusion
 from .selection import Patterns, Selection
-from .site import Site, find_convolutions
+from .site import DYNAMIC_TYPES, Site, find_convolutions
 
 # What PyTorch keeps of a module's hooks; those on its state dict belong to the static weight.
 _HOOKS = (
@@ -31,10 +31,11 @@ _HOOKS = (
 def convert_to_odconv(
     model: nn.Module,
     kernel_num: int = 4,
-    reduction: float = 1 / 16,
+    reduction: float | None = None,
     include: Patterns = 'backbone',
     exclude: Patterns = (),
     min_channels: int = 1,
+    layer: str = 'ODConv',
     **odconv_args: Any,
 ) -> ConversionReport:
     """Replace plain convolutions of ``model`` by ODConv layers that compute the same, in place.
@@ -45,21 +46,24 @@ def convert_to_odconv(
     device, type and ``requires_grad``, the latter for the attention too.
 
     Stems, patch embeddings, 1×1 shortcuts, convolutions of channel attentions and the prediction
-    layers of heads (:func:`~mmdet_odconv.conversion.rules.guard`) stay, unless a pattern of
-    ``include`` asks for them: one that is found in the convolution's name but not in the name of
-    the backbone, head or block that it belongs to. 'downsample' asks for shortcuts, 'retina_cls'
-    for a prediction layer; 'backbone' and '.*' ask for neither.
+    layers of heads (:func:`~mmdet_odconv.conversion.rules.default_exclusion`) stay, unless a
+    pattern of ``include`` asks for them: one that is found in the convolution's name but not in
+    the name of the backbone, head or block that it belongs to. 'downsample' asks for shortcuts,
+    'retina_cls' for a prediction layer; 'backbone' and '.*' ask for neither.
 
     Convert before an optimizer is built, which holds the parameters that it was given.
 
     Args:
         model (nn.Module): A detector or any other model.
         kernel_num (int): K, kernels in each bank. Default: 4.
-        reduction (float): Width of the attention branches relative to their input. Default: 1/16.
+        reduction (float, optional): Width of the attention branches relative to their input.
+            Default: that of the layer, which is 1/16 for ODConv.
         include (str | Sequence[str]): Regular expressions, to be found in the dotted names of the
             convolutions to replace. Default: 'backbone'.
         exclude (str | Sequence[str]): The same for convolutions to leave. Default: none.
         min_channels (int): Convolutions with fewer input or output channels stay. Default: 1.
+        layer (str): Type of the new layers: 'ODConv', or 'CondConv2d' or 'DyConv2d', which
+            replace 2-D convolutions only. Default: 'ODConv'.
         **odconv_args: Further arguments of :class:`~mmdet_odconv.ODConv2d`, for example
             ``norm_cfg=dict(type='LN')``.
 
@@ -72,6 +76,9 @@ def convert_to_odconv(
             of its range. The model is unchanged.
     """
     _require_known(odconv_args)
+    types = _layer_types(layer)
+    if reduction is not None:
+        odconv_args['reduction'] = reduction
     convolutions = find_convolutions(model)
     names = [site.name for sites in convolutions.values() for site in sites]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -86,12 +93,13 @@ def convert_to_odconv(
         reason = _reason_to_keep(
             sites, included, excluded, min_channels, tied=id(getattr(conv, 'weight', None)) in tied
         )
+        if reason is None and REPLACEABLE[type(conv)] not in types:
+            reason = f'{layer} has no such number of dimensions'
         if reason is None:
+            new_type = types[REPLACEABLE[type(conv)]]
             try:
-                layers[conv] = _odconv_like(
-                    conv, kernel_num=kernel_num, reduction=reduction, **odconv_args
-                )
-            except ValueError as error:
+                layers[conv] = _layer_like(conv, new_type, kernel_num=kernel_num, **odconv_args)
+            except (TypeError, ValueError) as error:
                 raise ConversionError(str(error)) from error
             converted.append(sites[0].name)
         else:
@@ -120,12 +128,12 @@ def _reason_to_keep(
     if any(excluded.matches(site.name) for site in sites):
         return 'excluded'
     for site in sites:
-        reason = obstacle(site, tied)
+        reason = blocking_reason(site, tied)
         if reason is not None:
             return reason
-        special = guard(site)
-        if special is not None and not included.asks_for(site.name, special):
-            return special.reason
+        exclusion = default_exclusion(site)
+        if exclusion is not None and not included.asks_for(site.name, exclusion):
+            return exclusion.reason
     if not any(included.matches(site.name) for site in sites):
         return 'not included'
     conv = sites[0].conv
@@ -134,9 +142,19 @@ def _reason_to_keep(
     return None
 
 
-def _odconv_like(conv: Any, **odconv_args: Any) -> nn.Module:
-    """An ODConv layer that can stand in the place of ``conv``."""
-    layer = TWINS[type(conv)].like(conv, **odconv_args)
+def _layer_types(name: str) -> dict[int, Any]:
+    """The types of the new layers, by their numbers of dimensions."""
+    if name == 'ODConv':
+        return {1: ODConv1d, 2: ODConv2d, 3: ODConv3d}
+    types = {kind.__name__: kind for kind in DYNAMIC_TYPES}
+    if name not in types:
+        raise ConversionError(f"layer must be 'ODConv' or one of {sorted(types)}, got {name!r}")
+    return {types[name].ndim: types[name]}
+
+
+def _layer_like(conv: Any, new_type: Any, **odconv_args: Any) -> nn.Module:
+    """A layer of the new type that can stand in the place of ``conv``."""
+    layer = new_type.like(conv, **odconv_args)
     _carry_weights(conv, layer)
     layer.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .site import ODCONV_TYPES
+from .site import DYNAMIC_TYPES
 
 
 class InitWeights:
@@ -26,7 +26,7 @@ class InitWeights:
         self.model = model
 
     def __call__(self) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, ODCONV_TYPES)]
+        layers = [m for m in self.model.modules() if isinstance(m, DYNAMIC_TYPES)]
         for layer in layers:
             layer.init_weights()
         with _noting_loads(layers) as loaded, _skipped_by_mmengine(layers):
@@ -38,7 +38,7 @@ class InitWeights:
 
 def keep_initialisation(model: Any) -> None:
     """Let ``model.init_weights()``, if there is one, go by :class:`InitWeights`."""
-    if hasattr(model, 'init_weights') and not isinstance(model, ODCONV_TYPES):
+    if hasattr(model, 'init_weights') and not isinstance(model, DYNAMIC_TYPES):
         model.init_weights = InitWeights(model)
 
 

@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..layers import ODConv1d, ODConv2d, ODConv3d
-from .site import CONV_TYPES, DEFORMABLE_TYPES, ODCONV_TYPES, Site
+from .site import CONV_TYPES, DEFORMABLE_TYPES, DYNAMIC_TYPES, Site
 
-TWINS: dict[type[nn.Module], type[ODConv1d | ODConv2d | ODConv3d]] = {
-    nn.Conv1d: ODConv1d,
-    nn.Conv2d: ODConv2d,
-    nn.Conv3d: ODConv3d,
-    WrappedConv2d: ODConv2d,
-    WrappedConv3d: ODConv3d,
+# Plain convolutions that can be replaced, with their numbers of dimensions.
+REPLACEABLE: dict[type[nn.Module], int] = {
+    nn.Conv1d: 1,
+    nn.Conv2d: 2,
+    nn.Conv3d: 3,
+    WrappedConv2d: 2,
+    WrappedConv3d: 3,
 }
 
 _SHORTCUTS = ('downsample', 'shortcut', 'identity', 'skip')
@@ -36,7 +36,7 @@ _POOLED = (
 )
 
 
-def obstacle(site: Site, tied: bool) -> str | None:
+def blocking_reason(site: Site, tied: bool) -> str | None:
     """Why this convolution cannot be replaced; None where it can.
 
     Args:
@@ -46,15 +46,15 @@ def obstacle(site: Site, tied: bool) -> str | None:
     conv = site.conv
     if not site.path:
         return 'the model itself'
-    if isinstance(conv, ODCONV_TYPES):
-        return 'ODConv already'
+    if isinstance(conv, DYNAMIC_TYPES):
+        return f'{type(conv).__name__} already'
     if any(isinstance(module, DEFORMABLE_TYPES) for module in (*site.path, conv)):
         return 'deformable convolution'
     if isinstance(conv, _ConvTransposeNd):
         return 'transposed convolution'
     if is_parametrized(conv) or 'weight' not in conv._parameters:
         return 'spectral norm, weight norm or another form of its weight'
-    if type(conv) not in TWINS:
+    if type(conv) not in REPLACEABLE:
         return f'{type(conv).__name__}, a subclass with behaviour of its own'
     if tied:
         return 'weight shared with another module'
@@ -63,8 +63,8 @@ def obstacle(site: Site, tied: bool) -> str | None:
     return None
 
 
-class Guard(NamedTuple):
-    """Why a convolution should stay unless it is asked for by its own name.
+class DefaultExclusion(NamedTuple):
+    """Why a convolution stays unless it is asked for by its own name.
 
     Attributes:
         reason (str): In a few words.
@@ -76,8 +76,8 @@ class Guard(NamedTuple):
     scope: str
 
 
-def guard(site: Site) -> Guard | None:
-    """Why this convolution should rather stay; None for an ordinary one.
+def default_exclusion(site: Site) -> DefaultExclusion | None:
+    """Why this convolution stays by default; None for an ordinary one.
 
     - Patch embedding: below a module called ``patch_embed``, or one of mmdet's ``PatchEmbed``.
     - Stem: in the backbone, what reads the three channels of the image; what lies in a child
@@ -97,7 +97,7 @@ def guard(site: Site) -> Guard | None:
         ('prediction layer', _prediction(site)),
     ):
         if depth is not None:
-            return Guard(reason, '.'.join(site.parts[:depth]))
+            return DefaultExclusion(reason, '.'.join(site.parts[:depth]))
     return None
 
 
@@ -108,14 +108,26 @@ def _weight_is_read(site: Site) -> bool:
         for module in site.path
     ):
         return True
+    if any(_merges_branches(module) for module in site.path):
+        return True
     return any(
         isinstance(module, TaskDecomposition) and part == 'reduction_conv'
         for module, part in zip(site.path, site.parts, strict=True)
     )
 
 
-# Each of the following gives the number of leading parts of the name that make the guard's scope,
-# None where the guard does not hold.
+def _merges_branches(module: nn.Module) -> bool:
+    """Whether a block merges its own convolutions into one for deployment, as RepVGG's does.
+
+    The backbones of such blocks have a method of the same name, which calls those of the blocks.
+    """
+    return hasattr(module, 'switch_to_deploy') and not any(
+        hasattr(below, 'switch_to_deploy') for below in module.modules() if below is not module
+    )
+
+
+# Each of the following gives the number of leading parts of the name that make the exclusion's
+# scope, None where there is no such exclusion.
 
 
 def _patch_embedding(site: Site) -> int | None:

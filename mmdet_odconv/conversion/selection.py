@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from .errors import ConversionError
-from .rules import Guard
+from .rules import DefaultExclusion
 
 Patterns = str | Sequence[str]
 
@@ -51,9 +51,9 @@ class Selection:
         """Whether a pattern is found in ``name``."""
         return any(pattern.search(name) for pattern in self.patterns)
 
-    def asks_for(self, name: str, guard: Guard) -> bool:
-        """Whether a pattern is found in ``name`` that is not found in the guard's scope alone."""
-        scope = f'{guard.scope}.' if guard.scope else ''
+    def asks_for(self, name: str, exclusion: DefaultExclusion) -> bool:
+        """Whether a pattern is found in ``name`` but not in the exclusion's scope alone."""
+        scope = f'{exclusion.scope}.' if exclusion.scope else ''
         return any(p.search(name) and not p.search(scope) for p in self.patterns)
 
 

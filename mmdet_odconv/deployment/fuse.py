@@ -6,10 +6,10 @@ from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import CondConv2d, DyConv2d, ODConv1d, ODConv2d, ODConv3d, ODConvAttention
+from ..conversion.site import DYNAMIC_TYPES
+from ..layers import ODConvAttention
 from .execution import directly_following
 
-_DYNAMIC = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d)
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d)
 
 
@@ -30,13 +30,13 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
     Returns:
         nn.Module: ``model`` itself, changed in place; its state dict now has other entries.
     """
-    pairs = list(directly_following(model, (*_DYNAMIC, *_PLAIN), _BatchNorm))
+    pairs = list(directly_following(model, (*DYNAMIC_TYPES, *_PLAIN), _BatchNorm))
     for parent, conv_name, norm_name in pairs:
         conv: Any = parent.get_submodule(conv_name)
         norm = parent.get_submodule(norm_name)
-        if type(conv) in (*_DYNAMIC, *_PLAIN) and _is_constant(norm, conv.out_channels):
-            _fold(norm, conv, dim=1 if isinstance(conv, _DYNAMIC) else 0)
-            if isinstance(conv, _DYNAMIC):
+        if type(conv) in (*DYNAMIC_TYPES, *_PLAIN) and _is_constant(norm, conv.out_channels):
+            _fold(norm, conv, dim=1 if isinstance(conv, DYNAMIC_TYPES) else 0)
+            if isinstance(conv, DYNAMIC_TYPES):
                 conv.has_bias = True
             _replace(parent, norm_name)
     for module in model.modules():

@@ -227,6 +227,16 @@ class _ODConvNd(nn.Module):
             self.strategy,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        function = getattr(value, 'func', None)
+        if name == 'forward' and getattr(function, '__name__', '').startswith('efficient_conv_bn'):
+            raise RuntimeError(
+                "mmcv's efficient_conv_bn_eval computes with the one weight of a convolution, but "
+                f'an {type(self).__name__} has another kernel for each sample; turn that option '
+                'of the ConvModule off'
+            )
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         shape = self.weight.shape
 

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.wrappers import Conv2d as WrappedConv2d
 from mmcv.cnn.bricks.wrappers import Conv3d as WrappedConv3d
@@ -23,10 +24,12 @@ from mmdet.models.backbones import (
     SwinTransformer,
 )
 from mmdet.models.dense_heads import RetinaHead, RPNHead, RTMDetSepBNHead, TOODHead
+from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, convert_to_odconv
+from mmdet_odconv.conversion.errors import ConversionError
 from tests.reference import relative_error
 
 
@@ -258,7 +261,7 @@ def test_what_cannot_be_converted_stays_with_the_reason():
         'tied': 'weight shared with another module',
         'other': 'weight shared with another module',
         'efficient.conv': 'weight read by its parent',
-        'ready': 'ODConv already',
+        'ready': 'ODConv2d already',
     }
     for name, why in expected.items():
         assert reason(report, f'backbone.{name}') == why
@@ -269,6 +272,95 @@ def test_what_cannot_be_converted_stays_with_the_reason():
     }
     assert reason(report, 'bbox_head.cls_decomp.reduction_conv.conv') == 'weight read by its parent'
     assert reason(report, 'bbox_head.cls_decomp.layer_attention.0') == 'channel attention'
+
+
+class MergedBranches(nn.Module):
+    """A block that is trained with two branches and deployed as one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.wide(x) + self.narrow(x)
+
+    def switch_to_deploy(self):
+        self.wide.weight.data += F.pad(self.narrow.weight.data, (1, 1, 1, 1))
+
+
+class Backbone(nn.Module):
+    """Has a convolution of its own, and a method that calls those of its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.conv = nn.Conv2d(3, 4, 3), MergedBranches(), nn.Conv2d(4, 4, 3)
+
+    def switch_to_deploy(self):
+        self.block.switch_to_deploy()
+
+
+def test_blocks_that_merge_their_branches_for_deployment_keep_them():
+    model = Net(Backbone())
+    report = convert_to_odconv(model)
+    assert report.converted == ['backbone.conv']
+    for name in ('wide', 'narrow'):
+        assert reason(report, f'backbone.block.{name}') == 'weight read by its parent'
+    model.backbone.switch_to_deploy()
+
+
+@pytest.mark.parametrize('when', ['built', 'converted'])
+def test_the_fast_evaluation_of_conv_module_says_that_it_cannot_be_used(when):
+    norm_cfg = dict(type='BN')
+    if when == 'built':
+        conv_cfg = dict(type='ODConv')
+        module = ConvModule(
+            4, 6, 3, conv_cfg=conv_cfg, norm_cfg=norm_cfg, efficient_conv_bn_eval=True
+        )
+    else:
+        module = ConvModule(4, 6, 3, norm_cfg=norm_cfg)
+        convert_to_odconv(Net(nn.Sequential(module)))
+        module.turn_on_efficient_conv_bn_eval()
+    x = torch.randn(2, 4, 8, 8)
+    module.train()(x)
+    module.eval()
+    with pytest.raises(RuntimeError, match=r'efficient_conv_bn_eval .* turn that option .* off'):
+        module(x)
+    module.turn_on_efficient_conv_bn_eval(False)
+    assert module(x).shape == (2, 6, 6, 6)
+
+
+def test_the_runners_fast_evaluation_leaves_odconv_as_it_is():
+    model = chain(ODConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model.train()(torch.randn(4, 3, 16, 16))
+    x = torch.randn(2, 3, 16, 16)
+    expected = model.eval()(x)
+    turn_on_efficient_conv_bn_eval(model, 'backbone')
+    assert 'forward' in vars(model.backbone)  # MMEngine replaced it
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize('layer', ['CondConv2d', 'DyConv2d', 'ODConv2d'])
+def test_other_layers_can_take_the_places(layer):
+    model = chain(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3))
+    x = torch.randn(2, 4, 9, 9)
+    expected = model.backbone(x)
+    report = convert_to_odconv(model, kernel_num=3, layer=layer)
+    assert [type(m).__name__ for m in model.backbone] == [layer] * 2
+    assert {m.kernel_num for m in model.backbone} == {3}
+    torch.testing.assert_close(model.backbone(x), expected)
+    assert report.converted == ['backbone.0', 'backbone.1']
+
+
+def test_layers_of_other_dimensions_stay():
+    model = chain(nn.Conv1d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    report = convert_to_odconv(model, layer='DyConv2d')
+    assert report.converted == ['backbone.1']
+    assert reason(report, 'backbone.0') == 'DyConv2d has no such number of dimensions'
+
+
+def test_unknown_layer():
+    with pytest.raises(ConversionError, match=r"layer must be 'ODConv' or one of .*got 'Conv2d'"):
+        convert_to_odconv(Net(nn.Conv2d(4, 4, 3)), layer='Conv2d')
 
 
 def test_a_model_that_is_a_convolution_cannot_be_replaced_in_place():
