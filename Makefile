@@ -3,6 +3,7 @@
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
 #   make test   the test suite
 #   make lint   ruff and mypy
+#   make cuda   the tests and the benchmark on a GPU, written to work_dirs/benchmark_cuda*.json
 #   make clean  remove what the above made, the virtual environment included
 
 SHELL := /bin/bash
@@ -18,7 +19,7 @@ DEMO_CONFIG := configs/odconv/retinanet_od_r18_shapes.py
 DEMO_DIR := work_dirs/demo
 DEMO_DATA := data/shapes
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test lint cuda clean setup
 
 setup: $(READY)
 
@@ -33,6 +34,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The package's own environment has PyTorch for CPUs: name one with CUDA by TORCH, or by BIN.
+cuda: $(READY)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make cuda: PyTorch sees no GPU")'
+	$(BIN)/python -m pytest -m cuda --numprocesses=0
+	$(BIN)/python tools/benchmark.py --table --device cuda --out work_dirs/benchmark_cuda.json
+	$(BIN)/python tools/benchmark.py --compiled --device cuda --out work_dirs/benchmark_cuda_compiled.json
 
 demo: $(READY)
 	$(BIN)/python tools/make_shapes_dataset.py $(DEMO_DATA)

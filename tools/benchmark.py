@@ -6,6 +6,7 @@ runs at least twice and the last run counts: the first finds caches and memory a
 them. The figures are medians, and their ratios to the plain network's are what to compare.
 
     python tools/benchmark.py --table               # backbones, against the targets
+    python tools/benchmark.py --compiled            # the same under torch.compile, plain and ODConv
     python tools/benchmark.py --detectors           # whole detectors
     python tools/benchmark.py --layers              # the layers of ResNet-50, one by one
     python tools/benchmark.py --growth              # over K, batch and image side
@@ -53,6 +54,7 @@ DETECTORS = {
     'RetinaNet ResNet-50': 'retinanet_od_r50.py',
     'Faster R-CNN ResNet-50': 'faster-rcnn_od_r50.py',
     'RetinaNet MobileNetV2': 'retinanet_od_mobilenetv2.py',
+    'YOLOX-tiny': 'yolox_od_cspdarknet-tiny.py',
 }
 
 
@@ -92,7 +94,13 @@ TABLE = (
     Case('saved bytes', 'ResNet-50', 8, 224, 1, 1.03),
     Case('inference', 'MobileNetV2', 8, 224, 4, 1.35),
     Case('inference', 'MobileNetV2', 1, 640, 4, 1.15),
+    Case('inference', 'MobileNetV2', 1, 224, 4),
     Case('training', 'MobileNetV2', 8, 224, 4, 1.60),
+)
+COMPILED = tuple(
+    Case(task, network, batch, 224, 4)
+    for network in ('ResNet-50', 'MobileNetV2')
+    for task, batch in (('inference', 1), ('inference', 8), ('training', 8), ('saved bytes', 8))
 )
 GROWTH = (
     *(Case('inference', 'ResNet-50', 2, 224, k) for k in (1, 2, 4, 8, 16)),
@@ -138,7 +146,13 @@ def main() -> None:
     args = parse_args()
     console = Console()
     console.print(f'{processor(args.device)}, torch {torch.__version__}')
-    cases = {'table': TABLE, 'detectors': WHOLE, 'growth': GROWTH, 'layers': layer_grid()}
+    cases = {
+        'table': TABLE,
+        'compiled': COMPILED,
+        'detectors': WHOLE,
+        'growth': GROWTH,
+        'layers': layer_grid(),
+    }
     results = []
     for case in cases[args.what]:
         single = isinstance(case, LayerCase)  # Too small to change the next one's memory.
@@ -163,6 +177,7 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     for name, text in {
         'table': 'backbones, against the targets',
+        'compiled': 'backbones under torch.compile, without the published formula',
         'detectors': 'whole detectors',
         'layers': 'the layers of ResNet-50',
         'growth': 'over K, batch and image side',
@@ -185,6 +200,10 @@ def parse_args() -> argparse.Namespace:
         help='let the C library (glibc) keep what is freed, as other allocators do',
     )
     args = parser.parse_args()
+    if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: PyTorch sees no GPU')
+    # The formula has no place in the comparison of compiled networks.
+    args.without_published |= args.what == 'compiled'
     if args.keep_memory:
         os.environ |= KEEP_MEMORY
     if args.rounds < 1:
@@ -246,19 +265,25 @@ def build(case: Case, variant: str, args: argparse.Namespace) -> nn.Module:
     else:
         config = Config.fromfile(CONFIGS / DETECTORS[case.network])
         init_default_scope('mmdet')
-        backbone = config.model.backbone
-        if variant == 'plain':
+        model, backbone = config.model, config.model.backbone
+        if model.type == 'ODConvModel':
+            model.odconv.update(kernel_num=case.kernel_num, strategy=args.strategy)
+            if variant == 'plain':
+                model.type = model.pop('detector')
+                model.pop('odconv')
+        elif variant == 'plain':
             backbone.type = backbone.type.removeprefix('OD')
-            backbone.pop('kernel_num')
+            for name in ('kernel_num', 'odconv_cfg'):
+                backbone.pop(name, None)
         else:
             backbone.update(odconv)
-        network = MODELS.build(config.model)
+        network = MODELS.build(model)
     if variant == 'published':
         for module in network.modules():
             if type(module) is ODConv2d:
                 module.__class__ = PublishedODConv2d
     network.to(args.device).train(case.task != 'inference')
-    return network
+    return torch.compile(network) if args.what == 'compiled' else network
 
 
 def image(case: Case, device: str) -> Tensor:
