@@ -3,6 +3,8 @@
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
 #   make test   the test suite
 #   make lint   ruff and mypy
+#   make study      the tables and figures of docs/study.md, from the logs of its runs
+#   make study-run  train the runs that have no log yet: hours
 #   make cuda   the tests and the benchmark on a GPU, written to work_dirs/benchmark_cuda*.json
 #   make clean  remove what the above made, the virtual environment included
 
@@ -19,7 +21,7 @@ DEMO_CONFIG := configs/odconv/retinanet_od_r18_shapes.py
 DEMO_DIR := work_dirs/demo
 DEMO_DATA := data/shapes
 
-.PHONY: demo test lint cuda clean setup
+.PHONY: demo test lint cuda study study-run clean setup
 
 setup: $(READY)
 
@@ -34,6 +36,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+study: $(READY)
+	$(BIN)/python tools/study/table.py
+
+study-run: $(READY)
+	$(BIN)/python tools/make_shapes_dataset.py data/shapes_hard --hard --train 12000 --val 1000 --size 128 128
+	$(BIN)/python tools/study/run.py
 
 # The package's own environment has PyTorch for CPUs: name one with CUDA by TORCH, or by BIN.
 cuda: $(READY)

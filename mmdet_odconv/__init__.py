@@ -28,6 +28,7 @@ from .layers import (  # noqa: E402
     ODConv3d,
     set_temperature,
 )
+from .optim import ODConvOptimWrapperConstructor  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register_safe_globals()
@@ -38,6 +39,7 @@ __all__ = [
     'ODConv1d',
     'ODConv2d',
     'ODConv3d',
+    'ODConvOptimWrapperConstructor',
     'ODConvTemperatureHook',
     'ODMobileNetV2',
     'ODResNeXt',

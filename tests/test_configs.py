@@ -1,4 +1,5 @@
 import pytest
+import torch
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
@@ -29,6 +30,7 @@ def test_a_config_builds_a_detector_that_trains_and_predicts(path):
     kernel_nums = {m.kernel_num for m in model.backbone.modules() if isinstance(m, ODConv2d)}
     expected = int(path.stem.rpartition('_k')[2]) if '_k' in path.stem else 4
     assert kernel_nums == {expected}
+    check_rates(model, config)
 
     classes = model.bbox_head.num_classes if hasattr(model, 'bbox_head') else 80
     batch = demo_mm_inputs(
@@ -42,6 +44,89 @@ def test_a_config_builds_a_detector_that_trains_and_predicts(path):
 
     results = predict(model.eval(), batch)
     assert [hasattr(r.pred_instances, 'masks') for r in results] == ['mask' in path.stem] * 2
+
+
+def check_rates(model, config):
+    """The attentions of SGD have a tenth of the bank's rate; all else is as mmdet's config says."""
+    if config.optim_wrapper.get('constructor') is None:  # the small sets' AdamW, one rate for all
+        assert config.optim_wrapper.optimizer.type == 'AdamW'
+        return
+    paramwise = dict(config.optim_wrapper.paramwise_cfg or {})
+    mult = paramwise.pop('attention_lr_mult', 1)
+    assert mult == (0.1 if config.optim_wrapper.optimizer.type == 'SGD' else 1)
+    own = rates(model, config.optim_wrapper)
+    mmdets = rates(
+        model, dict(config.optim_wrapper, constructor=None, paramwise_cfg=paramwise or None)
+    )
+    attentions = set()
+    for layer in model.modules():
+        if isinstance(layer, ODConv2d):
+            for parameter in layer.attention.parameters():
+                attentions.add(parameter)
+                assert own[parameter][0] == pytest.approx(mult * own[layer.weight][0])
+    assert attentions
+    for parameter, values in own.items():
+        assert parameter in attentions or values == pytest.approx(mmdets[parameter])
+
+
+def rates(model, optim_wrapper):
+    """Rate and decay by parameter."""
+    optim_wrapper = {k: v for k, v in optim_wrapper.items() if v is not None}
+    return {
+        parameter: (group['lr'], group['weight_decay'])
+        for group in build_optim_wrapper(model, optim_wrapper).optimizer.param_groups
+        for parameter in group['params']
+    }
+
+
+COCO = [p for p in DETECTORS if not p.stem.endswith(('coco128', 'bccd', 'shapes'))]
+
+
+@pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
+def test_a_coco_config_starts_from_the_weights_of_mmdets(path):
+    backbone = Config.fromfile(path).model.backbone
+    if path.stem.endswith('scratch'):
+        assert backbone.init_cfg is None
+        assert backbone.frozen_stages == -1
+    elif path.stem.startswith('yolox'):
+        assert 'init_cfg' not in backbone
+    elif path.stem.startswith('rtmdet'):
+        assert 'cspnext-tiny_imagenet' in backbone.init_cfg.checkpoint
+    else:
+        name = path.stem.split('_od_')[1].split('_')[0]
+        weights = {'mobilenetv2': 'open-mmlab://mmdet/mobilenet_v2'}
+        if path.stem.startswith('fcos'):
+            weights['r50'] = 'open-mmlab://detectron/resnet50_caffe'
+        expected = weights.get(name, f'torchvision://resnet{name[1:]}')
+        assert backbone.init_cfg.checkpoint == expected
+        assert (backbone.frozen_stages, backbone.norm_eval) == (1, True)
+
+
+def test_static_weights_start_a_backbone_by_init_cfg(tmp_path):
+    """As ``torchvision://resnet18`` does, from a file."""
+    from mmdet.models.backbones import ResNet
+
+    plain = ResNet(18, base_channels=8)
+    plain.eval()
+    torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
+    config = Config.fromfile(ROOT / 'configs/odconv/retinanet_od_r18.py').model.backbone
+    config.update(base_channels=8)
+    config.init_cfg.checkpoint = str(tmp_path / 'resnet.pth')
+    backbone = MODELS.build(config)
+    backbone.init_weights()
+    backbone.eval()
+    x = torch.randn(2, 3, 64, 64)
+    for ours, theirs in zip(backbone(x), plain(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
+def test_the_base_batch_size_is_that_of_the_name(path):
+    """mmdet's ``8xb2`` and so on; --auto-scale-lr scales the rate from there."""
+    config = Config.fromfile(path)
+    images = {'rtmdet': 256, 'yolox': 64}.get(path.stem.split('_')[0], 16)
+    assert config.auto_scale_lr.base_batch_size == images
+    assert config.train_dataloader.batch_size * 8 == images
 
 
 @pytest.mark.parametrize('path', DETECTORS, ids=lambda p: p.stem)

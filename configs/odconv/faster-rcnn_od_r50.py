@@ -1,10 +1,15 @@
-"""Faster R-CNN, OD-ResNet-50, K=4, on COCO, 1x."""
+"""Faster R-CNN, OD-ResNet-50, K=4, on COCO, 1x, from ImageNet's static weights."""
 
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 
 custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
 
-model = dict(backbone=dict(_delete_=True, type='ODResNet', depth=50, kernel_num=4, norm_eval=False))
+# With two images a GPU, a BatchNorm in the attention would have two values to normalise over.
+model = dict(
+    backbone=dict(type='ODResNet', kernel_num=4, odconv_cfg=dict(norm_cfg=dict(type='LN')))
+)
 
-# With SGD the attentions run ahead of the kernels at the full rate (docs/from_scratch.md).
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.attention.': dict(lr_mult=0.1)}))
+# With SGD the attentions run ahead of the kernels at the full rate (docs/recipes.md).
+optim_wrapper = dict(
+    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(attention_lr_mult=0.1)
+)

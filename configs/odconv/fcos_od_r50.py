@@ -1,7 +1,16 @@
-"""FCOS, ResNet-50 (caffe) converted to ODConv, K=4, on COCO, 1x."""
+"""FCOS, ResNet-50 (caffe) converted to ODConv, K=4, on COCO, 1x, from ImageNet's static weights."""
 
 _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 
 custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
 
-model = dict(type='ODConvModel', detector={{_base_.model.type}}, odconv=dict(kernel_num=4))
+model = dict(
+    type='ODConvModel',
+    detector={{_base_.model.type}},
+    odconv=dict(kernel_num=4, norm_cfg=dict(type='LN')),
+)
+
+# With SGD the attentions run ahead of the kernels at the full rate (docs/recipes.md).
+optim_wrapper = dict(
+    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(attention_lr_mult=0.1)
+)

@@ -1,5 +1,7 @@
-"""Mask R-CNN, OD-ResNet-101, K=2, on COCO, 1x."""
+"""Mask R-CNN, OD-ResNet-101, K=2, on COCO, 1x, from ImageNet's static weights."""
 
 _base_ = './mask-rcnn_od_r50.py'
 
-model = dict(backbone=dict(depth=101, kernel_num=2))
+model = dict(
+    backbone=dict(depth=101, kernel_num=2, init_cfg=dict(checkpoint='torchvision://resnet101'))
+)

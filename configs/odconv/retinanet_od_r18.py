@@ -1,5 +1,8 @@
-"""RetinaNet, OD-ResNet-18, K=4, on COCO, 1x."""
+"""RetinaNet, OD-ResNet-18, K=4, on COCO, 1x, from ImageNet's static weights."""
 
 _base_ = './retinanet_od_r50.py'
 
-model = dict(backbone=dict(depth=18), neck=dict(in_channels=[64, 128, 256, 512]))
+model = dict(
+    backbone=dict(depth=18, init_cfg=dict(checkpoint='torchvision://resnet18')),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

@@ -8,6 +8,7 @@ from typing import Any
 from mmcv.cnn import ConvModule
 from mmdet.models.backbones import MobileNetV2
 from mmengine.registry import MODELS
+from torch import nn
 
 from .odconv_backbone import ODConvBackbone
 
@@ -23,6 +24,7 @@ class ODMobileNetV2(ODConvBackbone, MobileNetV2):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, ConvModule) and module is not self.conv1:
+        stages = [getattr(self, name) for name in self.layers[max(self.frozen_stages, 0) :]]
+        for module in nn.ModuleList(stages).modules():
+            if isinstance(module, ConvModule):
                 module.conv = self.odconv_like(module.conv)

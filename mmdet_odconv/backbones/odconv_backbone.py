@@ -9,6 +9,9 @@ from torch import nn
 class ODConvBackbone:
     """A backbone of mmdet that takes the arguments of its ODConv layers, to be mixed in before it.
 
+    Stages that are frozen (``frozen_stages``) stay plain: they would have the cost of dynamic
+    convolutions, and nothing of them could learn.
+
     Args:
         *args, **kwargs: Those of mmdet's backbone.
         kernel_num (int): K, kernels in each bank. Default: 4.

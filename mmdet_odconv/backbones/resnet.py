@@ -20,8 +20,11 @@ class _ODResidualBlocks(ODConvBackbone):
     {ODConvBackbone.__doc__}"""
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
-        """A stage of mmdet's backbone, its blocks' plain convolutions replaced."""
+        """A stage of mmdet's backbone, its blocks' plain convolutions replaced unless frozen."""
         stage = super().make_res_layer(**kwargs)  # type: ignore[misc]
+        backbone: Any = self
+        if len(backbone.res_layers) < backbone.frozen_stages:
+            return stage
         for block in stage:
             for name in ('conv1', 'conv2', 'conv3'):
                 conv = getattr(block, name, None)

@@ -45,6 +45,10 @@ def convert_to_odconv(
     weights of its convolution and takes over its forward and backward hooks, training mode,
     device, type and ``requires_grad``, the latter for the attention too.
 
+    Frozen stages stay plain, as in this package's backbones: convolutions whose weights need no
+    gradient, in a part of the model that has others which do, and the convolutions of the same
+    names in a copy of that part (the teacher of a student).
+
     Stems, patch embeddings, 1×1 shortcuts, convolutions of channel attentions and the prediction
     layers of heads (:func:`~mmdet_odconv.conversion.rules.default_exclusion`) stay, unless a
     pattern of ``include`` asks for them: one that is found in the convolution's name but not in
@@ -85,6 +89,7 @@ def convert_to_odconv(
     included = Selection('include', include, names, modules)
     excluded = Selection('exclude', exclude, names, modules)
     tied = _tied_weights(model)
+    frozen = _frozen_names(model, convolutions)
 
     before = _count_parameters(model)
     layers: dict[nn.Module, nn.Module] = {}
@@ -93,6 +98,8 @@ def convert_to_odconv(
         reason = _reason_to_keep(
             sites, included, excluded, min_channels, tied=id(getattr(conv, 'weight', None)) in tied
         )
+        if reason is None and _within_part(sites[0].name) in frozen:
+            reason = 'frozen'
         if reason is None and REPLACEABLE[type(conv)] not in types:
             reason = f'{layer} has no such number of dimensions'
         if reason is None:
@@ -177,6 +184,25 @@ def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
+
+
+def _frozen_names(model: nn.Module, convolutions: dict[nn.Module, list[Site]]) -> set[str]:
+    """The names of frozen convolutions within those children of the model that do train."""
+    training = {
+        name for name, p in model.named_children() if any(q.requires_grad for q in p.parameters())
+    }
+    return {
+        _within_part(site.name)
+        for conv, sites in convolutions.items()
+        for site in sites
+        if site.parts[0] in training
+        and not any(parameter.requires_grad for parameter in conv.parameters())
+    }
+
+
+def _within_part(name: str) -> str:
+    """A name without its first part."""
+    return name.partition('.')[2]
 
 
 def _tied_weights(model: nn.Module) -> set[int]:

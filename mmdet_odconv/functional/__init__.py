@@ -14,6 +14,7 @@ from .attention import (
 from .dispatch import STRATEGIES, check_strategy, record_strategies
 from .formula import mix_kernel_bank, odconv_formula
 from .operator import convolution_dtype, odconv
+from .squeeze import squeeze
 from .static_weight import bank_from_static_weight
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     'record_strategies',
     'sigmoid_attention',
     'softmax_attention',
+    'squeeze',
 ]

@@ -71,7 +71,7 @@ def odconv(
         check_strategy(strategy, len(bank))
         training = _needs_gradients(x, bank, *attentions, bias)
         return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
-    if _needs_plain_operations(x, bank):
+    if needs_plain_operations(x, bank):
         check_strategy(strategy, len(bank))
         return odconv_formula(x, bank, attentions, bias, geometry)
 
@@ -150,16 +150,16 @@ def _becomes_one_call(strategy: str) -> bool:
     )
 
 
-def _needs_plain_operations(x: Tensor, bank: Tensor) -> bool:
+def needs_plain_operations(*tensors: Tensor) -> bool:
     """Whether something follows the operations one by one, or there is nothing to compute.
 
     That is: tracing, a function transform (``torch.func``), forward-mode derivatives, tensors
     without memory (meta, fake) or of another class (DTensor), complex numbers, an empty batch.
     """
+    x = tensors[0]
     return (
         x.shape[0] == 0
-        or type(x) not in _ORDINARY
-        or type(bank) not in _ORDINARY
+        or any(type(tensor) not in _ORDINARY for tensor in tensors)
         or x.is_meta
         or x.is_complex()
         or is_compiling()
@@ -169,7 +169,7 @@ def _needs_plain_operations(x: Tensor, bank: Tensor) -> bool:
     )
 
 
-def _is_batched(grad: Tensor) -> bool:
+def is_batched(grad: Tensor) -> bool:
     """Whether ``grad`` is one of a vmap's, either of today's or of autograd's older one."""
     return 'Batched' in str(torch._C._dispatch_keys(grad))
 
@@ -285,7 +285,7 @@ class _ODConv(torch.autograd.Function):
         x, bank, *rest = inputs
         *needed, bias_needed = ctx.needs_input_grad[:7]
         grads: Sequence[Tensor | None]
-        if torch.is_grad_enabled() or _is_batched(grad):
+        if torch.is_grad_enabled() or is_batched(grad):
             # A second derivative, or a backward pass for many gradients at once.
             grads = _differentiable_backward(grad, inputs, ctx.geometry, needed)
         else:

@@ -175,15 +175,19 @@ class ODConvAttention(nn.Module):
         norm: Any = self.bn
         if hasattr(norm, 'reset_parameters'):
             norm.reset_parameters()
-        product = 1.0
+        for head in self._heads():
+            head.reset_to_constant(0.0 if head is self.kernel_fc else self.attention_bias)
+        return self.constant_product()
+
+    def constant_product(self) -> float:
+        """What :meth:`reset_to_constant` returns, without a change of anything."""
         t = self.temperature
         temperature = self.initial_temperature if t.is_meta else t.item()
+        product = 1.0
         for head in self._heads():
             if head is self.kernel_fc:
-                head.reset_to_constant(0.0)
                 product *= self.kernel_sum
             else:
-                head.reset_to_constant(self.attention_bias)
                 product /= 1 + math.exp(-self.attention_bias / temperature)
         return product
 
@@ -206,7 +210,10 @@ class ODConvAttention(nn.Module):
         if some is None:
             return Attentions(_ones(x))
         dtype, t = some.weight.dtype, self.temperature
-        h = x.mean(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
+        if x.shape[2:].numel() == 1:
+            h = x.flatten(1)
+        else:
+            h = x.mean(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
         # The branch is cheap, and the sigmoids' arguments lose too much in half precision.
         with without_autocast(x.device.type):
             h = cast(h, dtype)

@@ -19,6 +19,7 @@ from ..functional import (
     check_strategy,
     convolution_dtype,
     odconv,
+    squeeze,
 )
 from .attention import ODConvAttention
 
@@ -211,7 +212,8 @@ class _ODConvNd(nn.Module):
                 'mmdet_odconv.fuse_odconv_bn'
             )
         convolution_dtype(x, self.weight)  # refuses a wrong type before a norm sees the batch
-        attentions = self.attention(x)
+        x, average = squeeze(x)
+        attentions = self.attention(average)  # whose own average then has nothing to do
         padding: Sequence[int] | str = self.padding
         if self.padding_mode != 'zeros':
             x, padding = F.pad(x, self._pad_widths(), mode=self.padding_mode), (0,) * self.ndim

@@ -131,9 +131,21 @@ def test_builds_from_a_config_with_the_arguments_of_odconv(name):
         assert layer.attention.fc.weight.shape[0] == max(int(layer.in_channels / 4), 4)
 
 
+def test_frozen_stages_of_a_mobilenet_stay_plain():
+    model = ODMobileNetV2(0.25, frozen_stages=2)
+    plain = {
+        name
+        for name, child in model.named_children()
+        if not any(isinstance(m, ODConv2d) for m in child.modules())
+    }
+    assert plain == {'conv1', 'layer1', 'layer2'}
+    assert type(model.conv2.conv) is ODConv2d
+
+
 def test_frozen_stages_and_norm_eval():
     model = ODResNet(depth=18, frozen_stages=2, norm_eval=True, **SMALL)
     model.train()
+    assert not any(isinstance(m, ODConv2d) for m in model.layer2.modules())
     assert not any(p.requires_grad for p in model.layer2.parameters())
     assert all(p.requires_grad for p in model.layer3.parameters())
     assert not model.layer4[0].conv1.attention.bn.training

@@ -193,16 +193,32 @@ def test_training_mode_device_and_type_survive():
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def test_what_is_frozen_stays_frozen_the_attention_included():
+def test_what_is_frozen_in_a_backbone_that_trains_stays_plain():
     model = chain(*(nn.Conv2d(4, 4, 3) for _ in range(3)))
     model.backbone[0].requires_grad_(False)
     model.backbone[1].bias.requires_grad_(False)
-    convert_to_odconv(model)
+    report = convert_to_odconv(model)
     frozen, half, free = model.backbone
-    assert not any(p.requires_grad for p in frozen.parameters())
+    assert type(frozen) is nn.Conv2d
+    assert reason(report, 'backbone.0') == 'frozen'
     assert half.weight.requires_grad
     assert not half.bias.requires_grad
     assert all(p.requires_grad for p in free.parameters())
+
+
+def test_a_frozen_model_is_converted_and_stays_frozen_the_attention_included():
+    model = chain(nn.Conv2d(4, 4, 3)).requires_grad_(False)
+    assert convert_to_odconv(model).converted == ['backbone.0']
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_frozen_teacher_has_the_layers_of_its_student():
+    student = chain(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    student.backbone[0].requires_grad_(False)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    model = nn.ModuleDict(dict(student=student, teacher=teacher))
+    convert_to_odconv(model)
+    assert odconvs(student) == odconvs(teacher) == {'backbone.1'}
 
 
 def test_frozen_stages_and_norm_eval_of_a_resnet():
@@ -211,6 +227,7 @@ def test_frozen_stages_and_norm_eval_of_a_resnet():
     model.train()
     backbone = model.backbone
     assert not any(p.requires_grad for p in backbone.layer2.parameters())
+    assert not odconvs(backbone.layer2)
     assert all(p.requires_grad for p in backbone.layer3.parameters())
     assert not backbone.layer4[0].conv1.attention.bn.training
     sum(out.sum() for out in model(torch.randn(2, 3, 32, 32))).backward()

@@ -1,7 +1,7 @@
 """12 epochs from scratch on a small data set, 8 images a batch on one device.
 
 AdamW, because its steps do not grow with the gradients, which for the attentions of early layers
-are those of thousands of positions (docs/from_scratch.md).
+are those of thousands of positions (docs/recipes.md).
 """
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=2)

@@ -1,0 +1,125 @@
+"""Learning rates and weight decays of ODConv's attentions and kernel banks."""
+
+from typing import Any
+
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+from .layers.odconv import _ODConvNd
+
+_OWN = ('attention_lr_mult', 'attention_decay_mult', 'bank_lr_mult')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class ODConvOptimWrapperConstructor:
+    """Gives the parts of ODConv layers rates of their own, on top of another constructor.
+
+    The layers are found by their class. The other constructor sets the rates and decays of all
+    parameters first, by its own rules. Then, in each ODConv layer,
+
+    - the attention gets the bank's rate times ``attention_lr_mult``, its biases too: a
+      ``bias_lr_mult`` made for the biases of a head does not come on top. Its decays, which for
+      biases and norms may be special, are multiplied by ``attention_decay_mult``;
+    - the bank's rate is multiplied by ``bank_lr_mult``, and its decay divided by it, so that the
+      two keep their balance;
+    - the bank of a depthwise layer gets ``dwconv_decay_mult``, as a plain depthwise convolution.
+
+    Example::
+
+        optim_wrapper = dict(
+            constructor='ODConvOptimWrapperConstructor',
+            paramwise_cfg=dict(attention_lr_mult=0.1),
+        )
+
+    Args:
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper.
+        paramwise_cfg (dict, optional): What the other constructor takes, and
+
+            - ``base`` (str): The type of the other constructor. Default:
+              'DefaultOptimWrapperConstructor'.
+            - ``attention_lr_mult`` (float): Default: 1.
+            - ``attention_decay_mult`` (float): Default: 1.
+            - ``bank_lr_mult`` (float | str): A number, or 'compensated'. Under SGD the function
+              of a bank moves a²/K as far as that of one static kernel would, where a is the
+              product of the constant attentions of the 'zero' start; 'compensated' is K/a² for
+              SGD, and 1 for optimizers that normalise their steps. Default: 1.
+
+    Raises:
+        ValueError: One of them is no number of at least 0, or no other word than 'compensated'.
+    """
+
+    def __init__(
+        self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None
+    ) -> None:
+        options = dict(paramwise_cfg or {})
+        base = options.pop('base', 'DefaultOptimWrapperConstructor')
+        values = {name: options.pop(name, 1.0) for name in _OWN}
+        for name, value in values.items():
+            if name == 'bank_lr_mult' and value == 'compensated':
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                word = " or 'compensated'" if name == 'bank_lr_mult' else ''
+                raise ValueError(f'{name} must be a number of at least 0{word}, got {value!r}')
+        self.attention_lr_mult, self.attention_decay_mult, self.bank_lr_mult = values.values()
+        self.dwconv_decay_mult = options.get('dwconv_decay_mult', 1.0)
+        self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
+            dict(type=base, optim_wrapper_cfg=optim_wrapper_cfg, paramwise_cfg=options)
+        )
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        wrapper: OptimWrapper = self.base(model)
+        optimizer = wrapper.optimizer
+        group_of = {id(p): group for group in optimizer.param_groups for p in group['params']}
+        changed: dict[int, dict[str, float]] = {}
+        for layer in model.modules():
+            if isinstance(layer, _ODConvNd):
+                changed |= self._changes(layer, group_of, optimizer)
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            rest = [p for p in group['params'] if id(p) not in changed]
+            if rest:
+                groups.append(group | {'params': rest})
+            groups += [
+                group | {'params': [p]} | changed[id(p)]
+                for p in group['params']
+                if id(p) in changed
+            ]
+        optimizer.param_groups = groups
+        return wrapper
+
+    def _changes(
+        self, layer: _ODConvNd, group_of: dict[int, dict[str, Any]], optimizer: Any
+    ) -> dict[int, dict[str, float]]:
+        """What differs from the groups of the other constructor, by parameter."""
+        changes = {}
+        bank_group = group_of.get(id(layer.weight))
+        for parameter in layer.attention.parameters():
+            group = group_of.get(id(parameter))
+            if group is not None:
+                rate = (bank_group or group)['lr']
+                changes[id(parameter)] = _rates(
+                    group, rate * self.attention_lr_mult, self.attention_decay_mult
+                )
+        if bank_group is not None:
+            factor = self._bank_factor(layer, optimizer)
+            decay_mult = 1 / factor if factor else 1.0
+            if layer.groups == layer.in_channels:
+                decay_mult *= self.dwconv_decay_mult
+            changes[id(layer.weight)] = _rates(bank_group, bank_group['lr'] * factor, decay_mult)
+        return changes
+
+    def _bank_factor(self, layer: _ODConvNd, optimizer: Any) -> float:
+        if self.bank_lr_mult != 'compensated':
+            return float(self.bank_lr_mult)
+        if not isinstance(optimizer, torch.optim.SGD):
+            return 1.0
+        return layer.kernel_num / layer.attention.constant_product() ** 2
+
+
+def _rates(group: dict[str, Any], rate: float, decay_mult: float) -> dict[str, float]:
+    rates = {'lr': rate}
+    if 'weight_decay' in group:
+        rates['weight_decay'] = group['weight_decay'] * decay_mult
+    return rates

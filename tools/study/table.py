@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Make the tables and figures of the study from the logs in docs/study/logs.
+
+Example: python tools/study/table.py   # writes docs/study/results.md and docs/study/*.png
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use('Agg')
+from matplotlib import pyplot as plt
+
+FOLDER = Path(__file__).resolve().parents[2] / 'docs/study'
+METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
+TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
+Log = dict[str, Any]
+
+
+def read(folder: Path) -> dict[str, list[Log]]:
+    """The logs of finished runs by arm, arms and seeds in order."""
+    arms: dict[str, list[Log]] = {}
+    for path in sorted(folder.glob('*.json')):
+        log = json.loads(path.read_text(encoding='utf-8'))
+        arms.setdefault(log['arm'], []).append(log)
+    return arms
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and sample standard deviation; of a single value there is no deviation."""
+    mean = f'{statistics.mean(values):.{digits}f}'
+    return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
+
+
+def final(logs: list[Log], metric: str) -> list[float]:
+    """A metric at the end of each run, in points."""
+    return [100 * log['evaluations'][-1][metric] for log in logs]
+
+
+def table(arms: dict[str, list[Log]]) -> str:
+    """A Markdown table with one row for each arm, in the order of final AP."""
+    head = ['arm', 'seeds', *TITLES, 'training loss', 's/step', 'parameters', 'multiply-adds']
+    rows = [head, ['---'] * len(head)]
+    for arm in sorted(arms, key=lambda arm: statistics.mean(final(arms[arm], 'mAP'))):
+        logs = arms[arm]
+        rows.append(
+            [
+                arm,
+                str(len(logs)),
+                *(spread(final(logs, metric)) for metric in METRICS),
+                spread([log['training'][-1]['loss'] for log in logs], 3),
+                spread([log['seconds_per_step'] for log in logs], 2),
+                f'{logs[0]["parameters"] / 1e6:.2f} M',
+                f'{logs[0]["multiply_adds"] / 1e6:.0f} M',
+            ]
+        )
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def curves(arms: dict[str, list[Log]], path: Path) -> None:
+    """AP after each evaluation, and the training loss, with bands of one standard deviation."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    for arm, logs in arms.items():
+        evaluations = zip(*(log['evaluations'] for log in logs), strict=False)
+        points = [(e[0]['epoch'], [100 * one['mAP'] for one in e]) for e in evaluations]
+        _band(left, points, arm)
+        training = zip(*(log['training'] for log in logs), strict=False)
+        _band(right, [(t[0]['iteration'], [one['loss'] for one in t]) for t in training], arm)
+    left.set(xlabel='epoch', ylabel='AP')
+    right.set(xlabel='iteration', ylabel='training loss', yscale='log')
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _band(axes: Any, points: list[tuple[float, list[float]]], label: str) -> None:
+    x = [place for place, _ in points]
+    mean = [statistics.mean(values) for _, values in points]
+    deviation = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+    (line,) = axes.plot(x, mean, label=label, marker='o' if len(x) < 10 else None, markersize=3)
+    low = [m - d for m, d in zip(mean, deviation, strict=True)]
+    high = [m + d for m, d in zip(mean, deviation, strict=True)]
+    axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+
+
+def costs(arms: dict[str, list[Log]], path: Path) -> None:
+    """Final AP against multiply-adds and against the time of a step."""
+    figure, both = plt.subplots(1, 2, figsize=(11, 4), layout='constrained', sharey=True)
+    for axes, name, unit, label in zip(
+        both,
+        ('multiply_adds', 'seconds_per_step'),
+        (1e6, 1),
+        ('million multiply-adds an image', 'seconds a training step'),
+        strict=True,
+    ):
+        for arm, logs in arms.items():
+            x = statistics.mean(log[name] / unit for log in logs)
+            values = final(logs, 'mAP')
+            y = statistics.mean(values)
+            error = statistics.stdev(values) if len(values) > 1 else math.nan
+            axes.errorbar(x, y, error, fmt='o', capsize=3)
+            axes.annotate(arm, (x, y), xytext=(5, 4), textcoords='offset points', fontsize=8)
+        axes.set(xlabel=label)
+        axes.margins(x=0.2)
+        axes.grid(alpha=0.3)
+    both[0].set(ylabel='AP')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description='Make the tables and figures of the study.')
+    parser.add_argument('--logs', type=Path, default=FOLDER / 'logs')
+    parser.add_argument('--out', type=Path, default=FOLDER)
+    args = parser.parse_args(argv)
+    arms = read(args.logs)
+    if not arms:
+        parser.error(f'{args.logs} has no log; tools/study/run.py makes them')
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / 'results.md').write_text(table(arms), encoding='utf-8')
+    curves(arms, args.out / 'curves.png')
+    costs(arms, args.out / 'costs.png')
+    print(table(arms), end='')
+
+
+if __name__ == '__main__':
+    main()
