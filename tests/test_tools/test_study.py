@@ -105,7 +105,7 @@ def test_a_run_that_was_stopped_goes_on(tool, tmp_path, monkeypatch):
 
     def losses(name, *epochs):
         for number in epochs:
-            own = {'train_cfg.max_epochs': number, 'experiment_name': f'{name}{number}'}
+            own = {'train_cfg.max_epochs': number, 'visualizer.name': f'{name}{number}'}
             config = run.arm_config('od_k1', 0, options | own)
             run.train(config, tmp_path / name)
         return [(e['iteration'], e['loss']) for e in run.scalars(tmp_path / name)['training']]
