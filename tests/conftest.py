@@ -41,6 +41,11 @@ def bccd() -> Path:
     return _optional('BCCD_ROOT', SHARED / 'bccd')
 
 
+@pytest.fixture
+def deeppcb() -> Path:
+    return _optional('DEEPPCB_ROOT', SHARED / 'deeppcb')
+
+
 def _optional(variable: str, default: Path) -> Path:
     path = Path(os.environ.get(variable, default))
     if not path.is_dir():

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from mmengine.config import Config
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
@@ -312,3 +313,64 @@ def test_command_line_counts_what_it_made(
     objects = len(_annotation_file(tmp_path, 'train')['annotations'])
     assert f'train: 8 images (1 empty), {objects} objects' in printed
     assert 'val: 1 images (0 empty)' in printed
+
+
+@pytest.fixture(scope='module')
+def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp('shapes') / 'hard'
+    tool.main([str(out), '--hard', '--train', '40', '--val', '2', '--size', '128', '128'])
+    return out
+
+
+def _hard_coco(hard: Path) -> COCO:
+    return COCO(str(hard / 'annotations' / 'instances_train.json'))
+
+
+def test_hard_set_has_valid_annotations_of_mostly_small_objects(hard: Path) -> None:
+    coco = _hard_coco(hard)
+    for annotation in coco.anns.values():
+        x, y, width, height = annotation['bbox']
+        mask = coco.annToMask(annotation)
+        assert mask.shape == (128, 128)
+        assert mask.sum() == pytest.approx(annotation['area'], rel=0.02)
+        rows, columns = np.nonzero(mask)
+        extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose([x, y, x + width, y + height], extent, atol=1.5)
+    for annotations in coco.imgToAnns.values():
+        assert sum(coco.annToMask(a).astype(int) for a in annotations).max() == 1
+    assert np.mean([a['area'] < 32**2 for a in coco.anns.values()]) > 2 / 3
+
+
+def test_hard_classes_are_those_of_the_config_and_all_occur(hard: Path) -> None:
+    classes = [c['name'] for c in _hard_coco(hard).dataset['categories']]
+    config = Config.fromfile(
+        TOOL.parents[1] / 'configs' / '_base_' / 'datasets' / 'shapes_hard_detection.py'
+    )
+    assert list(config.train_dataloader.dataset.metainfo.classes) == classes
+    assert {a['category_id'] for a in _hard_coco(hard).anns.values()} == set(range(1, 16))
+
+
+def test_hard_classes_differ_by_texture(hard: Path) -> None:
+    coco = _hard_coco(hard)
+    names = {c['id']: c['name'].split()[0] for c in coco.dataset['categories']}
+    variation: dict[str, list[float]] = {'plain': [], 'striped': [], 'checked': []}
+    for image_id, annotations in coco.imgToAnns.items():
+        image = _image(hard / 'train' / coco.imgs[image_id]['file_name']).mean(axis=2)
+        image = cv2.GaussianBlur(image, (0, 0), 1)  # takes the sensor noise away
+        for annotation in annotations:
+            inside = cv2.erode(coco.annToMask(annotation), np.ones((5, 5), np.uint8)) > 0
+            if inside.sum() > 60:
+                variation[names[annotation['category_id']]].append(image[inside].std())
+    plain, *textured = (np.median(variation[name]) for name in variation)
+    assert min(textured) > 2 * plain
+
+
+def test_hard_images_come_from_the_seed_alone(hard: Path, tmp_path: Path) -> None:
+    tool.make_shapes_dataset(tmp_path, train=3, val=2, size=(128, 128), hard=True)
+    for name in ('train/000002.jpg', 'val/000001.jpg'):
+        assert (tmp_path / name).read_bytes() == (hard / name).read_bytes()
+
+
+def test_hard_and_easy_set_do_not_share_a_folder(hard: Path) -> None:
+    with pytest.raises(FileExistsError, match='same arguments'):
+        tool.make_shapes_dataset(hard, train=40, val=2, size=(128, 128))

@@ -25,10 +25,10 @@ SHORT = [
 ]
 
 
-def build(config_name, variable, root, monkeypatch):
+def build(config_name, variable, root, monkeypatch, folder='configs/odconv'):
     register_all_modules()
     monkeypatch.setenv(variable, str(root))
-    config = Config.fromfile(ROOT / 'configs/odconv' / config_name)
+    config = Config.fromfile(ROOT / folder / config_name)
     return [
         DATASETS.build(config[loader].dataset) for loader in ('train_dataloader', 'val_dataloader')
     ]
@@ -49,6 +49,17 @@ def test_bccd_is_read_whole(bccd, monkeypatch):
     assert (len(train), len(val)) == (205, 87)
     assert train.metainfo['classes'] == ('RBC', 'WBC', 'Platelets')
     assert tuple(train[0]['inputs'].shape) == (3, 240, 320)
+
+
+def test_deeppcb_is_read_whole(deeppcb, monkeypatch):
+    train, val = build('deeppcb.py', 'DEEPPCB_ROOT', deeppcb, monkeypatch, 'tools/study')
+    assert (len(train), len(val)) == (800, 200)
+    classes = ('open', 'short', 'mousebite', 'spur', 'copper', 'pin-hole')
+    assert train.metainfo['classes'] == classes
+    sample = train[0]
+    assert tuple(sample['inputs'].shape) == (3, 320, 320)
+    labels = {int(n) for i in range(20) for n in train[i]['data_samples'].gt_instances.labels}
+    assert labels == set(range(6))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The arms of the study: what each changes in base.py."""
+"""The arms of the study: what each changes in the config of a task."""
 
 from typing import Any
 
@@ -39,5 +39,5 @@ ARMS: dict[str, Options] = {
     'od_kernel': dynamic(4, attentions=('kernel',)),
     # As many multiply-adds, or as much time for a step, as od_k4: see docs/study.md.
     'plain_wide_madds': wide(17),
-    'plain_wide_time': wide(20),
+    'plain_wide_time': wide(22),
 }

@@ -2,7 +2,8 @@
 """Train the arms of the study that have no log yet; a run that was stopped goes on.
 
 Every run has one thread, and two go side by side. Of each, a small log of scalars stays in
-docs/study/logs; table.py makes the tables and figures from them.
+docs/study/logs (of a task other than the shapes: in its folder there); table.py makes the tables
+and figures from them.
 
 Example: python tools/study/run.py plain od_k4 --seeds 0 1 2
 """
@@ -13,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,36 +25,61 @@ from arms import ARMS
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_odconv.layers.odconv import _ODConvNd
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / 'tools/study/base.py'
+TASKS = {
+    'shapes': ROOT / 'tools/study/shapes.py',
+    'deeppcb': ROOT / 'tools/study/deeppcb.py',
+}
 LOGS = ROOT / 'docs/study/logs'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
 
-def arm_config(arm: str, seed: int, options: dict[str, Any] | None = None) -> Config:
+def arm_config(
+    arm: str, seed: int, options: dict[str, Any] | None = None, task: str = 'shapes'
+) -> Config:
     """The config of a run.
 
     Args:
         arm (str): One of ``ARMS``.
         seed (int): Seed of the weights' start and of the order of the data.
         options (dict, optional): Further changes, as of ``--cfg-options``. Default: None.
+        task (str): One of ``TASKS``. Default: 'shapes'.
     """
-    config = Config.fromfile(BASE)
+    config = Config.fromfile(TASKS[task])
     config.merge_from_dict({**ARMS[arm], 'randomness': dict(seed=seed), **(options or {})})
     return config
 
 
 def train(config: Config, work_dir: Path) -> None:
-    """Train, or go on from the last checkpoint in ``work_dir``."""
+    """Train, or go on from where an earlier run in ``work_dir`` was stopped."""
     config.work_dir = str(work_dir)
-    config.resume = (work_dir / 'last_checkpoint').exists()
+    checkpoint = last_checkpoint(work_dir, evaluated=config.val_dataloader is not None)
+    if checkpoint:
+        config.resume, config.load_from = True, str(checkpoint)
     torch.set_num_threads(1)
     Runner.from_cfg(config).train()
+
+
+def last_checkpoint(work_dir: Path, evaluated: bool = True) -> Path | None:
+    """The newest checkpoint in ``work_dir``, None if there is no such one.
+
+    Args:
+        work_dir (Path): Folder of a run.
+        evaluated (bool): Whether only those count whose evaluation is in the logs. The others are
+            of runs that were stopped while they wrote the checkpoint or evaluated it, and going on
+            from there would leave the evaluation out. Default: True.
+    """
+    found = {int(path.stem.removeprefix('epoch_')): path for path in work_dir.glob('epoch_*.pth')}
+    if evaluated:
+        epochs = {entry['epoch'] for entry in scalars(work_dir)['evaluations']}
+        found = {epoch: path for epoch, path in found.items() if epoch in epochs}
+    return found[max(found)] if found else None
 
 
 def scalars(work_dir: Path) -> dict[str, list[dict[str, float]]]:
@@ -72,10 +99,10 @@ def scalars(work_dir: Path) -> dict[str, list[dict[str, float]]]:
                     'loss': round(entry['loss'], 5),
                     'seconds': round(entry['time'], 4),
                 }
-            elif 'coco/bbox_mAP' in entry:
+            else:  # without metrics if nothing at all was found
                 evaluations[entry['step']] = {
                     'epoch': entry['step'],
-                    **{name: entry[f'coco/bbox_{name}'] for name in METRICS},
+                    **{name: entry.get(f'coco/bbox_{name}', 0.0) for name in METRICS},
                 }
     return {
         'training': [training[step] for step in sorted(training)],
@@ -107,26 +134,54 @@ def count(config: Config) -> dict[str, int]:
     return {'parameters': sum(p.numel() for p in model.parameters()), 'multiply_adds': madds}
 
 
-def log_of(arm: str, seed: int, logs: Path = LOGS) -> Path:
+def step_seconds(config: Config, steps: int = 20) -> float:
+    """Median processor time of a training step.
+
+    Its time on the clock depends on what else runs on the machine, and is in the logs' 'training'.
+    """
+    model = MODELS.build(config.model).train()
+    optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    batch = next(iter(Runner.build_dataloader(config.train_dataloader, seed=0)))
+    seconds = []
+    for _ in range(steps):
+        start = time.process_time()
+        model.train_step(batch, optim_wrapper)
+        seconds.append(time.process_time() - start)
+    return round(statistics.median(seconds), 4)
+
+
+def costs(config: Config) -> dict[str, float]:
+    """Parameters, multiply-adds and the time of a step."""
+    torch.set_num_threads(1)
+    return {**count(config), 'seconds_per_step': step_seconds(config)}
+
+
+def log_of(arm: str, seed: int, logs: Path) -> Path:
     return logs / f'{arm}-{seed}.json'
 
 
-def run(arm: str, seed: int, work_dirs: Path, logs: Path, options: dict[str, Any]) -> None:
+def run(
+    arm: str, seed: int, work_dirs: Path, logs: Path, options: dict[str, Any], task: str
+) -> None:
     """Train one arm with one seed, and write its log."""
     register_all_modules()
-    config = arm_config(arm, seed, options)
+    config = arm_config(arm, seed, options, task)
     work_dir = work_dirs / f'{arm}-{seed}'
     train(config, work_dir)
-    found = scalars(work_dir)
-    log = {
-        'arm': arm,
-        'seed': seed,
-        **count(config),
-        'seconds_per_step': statistics.median(entry['seconds'] for entry in found['training']),
-        **found,
-    }
+    log = {'arm': arm, 'seed': seed, **costs(config), **scalars(work_dir)}
     logs.mkdir(parents=True, exist_ok=True)
-    path = log_of(arm, seed, logs)
+    write(log, log_of(arm, seed, logs))
+
+
+def recount(arm: str, paths: list[Path], options: dict[str, Any], task: str) -> None:
+    """Measure what an arm costs again, and put it into its logs."""
+    register_all_modules()
+    new = costs(arm_config(arm, 0, options, task))
+    for path in paths:
+        write(json.loads(path.read_text(encoding='utf-8')) | new, path)
+
+
+def write(log: dict[str, Any], path: Path) -> None:
     temporary = path.with_suffix('.tmp')
     temporary.write_text(json.dumps(log, indent=1) + '\n', encoding='utf-8')
     temporary.replace(path)
@@ -135,10 +190,16 @@ def run(arm: str, seed: int, work_dirs: Path, logs: Path, options: dict[str, Any
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Train what the study lacks.')
     parser.add_argument('arms', nargs='*', help=f'all by default: {", ".join(ARMS)}')
+    parser.add_argument('--task', choices=TASKS, default='shapes', help='(%(default)s)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=2, help='runs side by side (%(default)s)')
-    parser.add_argument('--work-dirs', type=Path, default=ROOT / 'work_dirs/study')
-    parser.add_argument('--logs', type=Path, default=LOGS)
+    parser.add_argument('--work-dirs', type=Path, help='of the runs (work_dirs/study/TASK)')
+    parser.add_argument('--logs', type=Path, help='(docs/study/logs)')
+    parser.add_argument(
+        '--recount',
+        action='store_true',
+        help='train nothing, but measure again what the arms with logs cost; best in quiet',
+    )
     parser.add_argument(
         '--options', type=json.loads, default={}, help='changes of the base config, as JSON'
     )
@@ -146,12 +207,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for arm in args.arms:
         if arm not in ARMS:
             parser.error(f'there is no arm {arm!r}; there are {", ".join(ARMS)}')
+    args.work_dirs = args.work_dirs or ROOT / 'work_dirs/study' / args.task
+    args.logs = args.logs or (LOGS if args.task == 'shapes' else LOGS / args.task)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     arms = args.arms or list(ARMS)
+    if args.recount:
+        for arm in arms:
+            paths = [log_of(arm, seed, args.logs) for seed in args.seeds]
+            if paths := [path for path in paths if path.exists()]:
+                recount(arm, paths, args.options, args.task)
+        return
     missing = [
         (arm, seed)
         for seed in args.seeds
@@ -159,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not log_of(arm, seed, args.logs).exists()
     ]
     if len(missing) == 1:
-        run(*missing[0], args.work_dirs, args.logs, args.options)
+        run(*missing[0], args.work_dirs, args.logs, args.options, args.task)
         return
 
     def start(job: tuple[str, int]) -> int:
@@ -167,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'{arm}, seed {seed}', flush=True)
         own = [arm, '--seeds', str(seed), '--work-dirs', str(args.work_dirs)]
         own += ['--logs', str(args.logs), '--options', json.dumps(args.options)]
+        own += ['--task', args.task]
         folder = args.work_dirs / f'{arm}-{seed}'
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / 'output.txt').open('a') as output:
