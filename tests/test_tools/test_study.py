@@ -11,7 +11,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-
 OPTIONS = {
     'model.backbone.base_channels': 4,
     'model.neck.in_channels': [4, 8, 16, 32],
