@@ -2,6 +2,8 @@
 """Make the tables and figures of the study from the logs in docs/study/logs.
 
 Example: python tools/study/table.py   # writes docs/study/results.md and docs/study/*.png
+
+With ``--data data/shapes_hard`` it also draws docs/study/task.jpg, images of the task.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import matplotlib as mpl
 
 mpl.use('Agg')
 from matplotlib import pyplot as plt
+from pycocotools.coco import COCO
 
 FOLDER = Path(__file__).resolve().parents[2] / 'docs/study'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
@@ -116,10 +119,31 @@ def costs(arms: dict[str, list[Log]], path: Path) -> None:
     plt.close(figure)
 
 
+def task(data: Path, path: Path, number: int = 10) -> None:
+    """The first validation images with their boxes and classes."""
+    coco = COCO(data / 'annotations/instances_val.json')
+    figure, grid = plt.subplots(
+        2, number // 2, figsize=(2.4 * number // 2, 5), layout='constrained'
+    )
+    for axes, image in zip(grid.flat, coco.loadImgs(coco.getImgIds()[:number]), strict=True):
+        axes.imshow(plt.imread(data / 'val' / image['file_name']))
+        for annotation in coco.loadAnns(coco.getAnnIds(image['id'])):
+            x, y, width, height = annotation['bbox']
+            axes.add_patch(plt.Rectangle((x, y), width, height, fill=False, color='w', lw=0.8))
+            name = coco.cats[annotation['category_id']]['name']
+            axes.text(x, y - 1, name, fontsize=5, color='k', backgroundcolor='w').set_bbox(
+                dict(facecolor='w', alpha=0.6, pad=0.5, lw=0)
+            )
+        axes.axis('off')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Make the tables and figures of the study.')
     parser.add_argument('--logs', type=Path, default=FOLDER / 'logs')
     parser.add_argument('--out', type=Path, default=FOLDER)
+    parser.add_argument('--data', type=Path, help='folder of the images, for a picture of them')
     args = parser.parse_args(argv)
     arms = read(args.logs)
     if not arms:
@@ -128,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.out / 'results.md').write_text(table(arms), encoding='utf-8')
     curves(arms, args.out / 'curves.png')
     costs(arms, args.out / 'costs.png')
+    if args.data:
+        task(args.data, args.out / 'task.jpg')
     print(table(arms), end='')
 
 
