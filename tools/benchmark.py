@@ -276,7 +276,8 @@ def build(case: Case, variant: str, args: argparse.Namespace) -> nn.Module:
             for name in ('kernel_num', 'odconv_cfg'):
                 backbone.pop(name, None)
         else:
-            backbone.update(odconv)
+            backbone.kernel_num = case.kernel_num
+            backbone.setdefault('odconv_cfg', {})['strategy'] = args.strategy
         network = MODELS.build(model)
     if variant == 'published':
         for module in network.modules():

@@ -21,7 +21,9 @@ def tool(monkeypatch):
 
 @pytest.fixture
 def args():
-    return argparse.Namespace(device='cpu', rounds=1, strategy='auto', without_published=False)
+    return argparse.Namespace(
+        what='table', device='cpu', rounds=1, strategy='auto', without_published=False
+    )
 
 
 def test_table_is_written_as_json(tool, monkeypatch, tmp_path, capsys):
@@ -53,8 +55,8 @@ def test_variants_compute_the_same(tool, args):
     torch.testing.assert_close(networks['ours'](x), networks['plain'](x), rtol=1e-3, atol=1e-4)
 
 
-def test_whole_detectors(tool, args):
-    name = 'RetinaNet MobileNetV2'
+@pytest.mark.parametrize('name', ['RetinaNet MobileNetV2', 'YOLOX-tiny'])
+def test_whole_detectors(tool, args, name):
     result = tool.row(tool.Case('training', name, 1, 64, 2), args)
     assert result['network'] == name
     tool.infer(
@@ -81,6 +83,14 @@ def test_the_published_formula_can_be_left_out(tool, args):
     for result in (tool.row(case, args), tool.row(tool.layer_grid()[0], args)):
         assert 'ours / plain' in result
         assert 'published / plain' not in result
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_missing_gpu_is_named(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['', '--table', '--device', 'cuda'])
+    with pytest.raises(SystemExit):
+        tool.parse_args()
+    assert '--device cuda: PyTorch sees no GPU' in capsys.readouterr().err
 
 
 def test_no_rounds_are_refused(tool, monkeypatch, capsys):
