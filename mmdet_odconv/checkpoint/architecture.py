@@ -24,7 +24,10 @@ def describe(state_dict: Mapping[str, Tensor]) -> dict[str, str | int]:
         stem, inner = state_dict['conv1.conv.weight'], state_dict['conv2.conv.weight']
         parts: dict[str, str | int] = {'family': 'MobileNetV2'}
     elif 'conv1.weight' in state_dict and 'layer1.0.conv1.weight' in state_dict:
-        stem, inner = state_dict['conv1.weight'], state_dict['layer1.0.conv1.weight']
+        stem = state_dict['conv1.weight']
+        # The last stage, because earlier ones are plain where they are frozen.
+        first = state_dict['layer1.0.conv1.weight']
+        inner = state_dict.get('layer4.0.conv1.weight', first)
         convs = 3 if 'layer1.0.conv3.weight' in state_dict else 2
         parts = {'family': 'ResNet', 'depth': convs * len(blocks) + 2}
     else:

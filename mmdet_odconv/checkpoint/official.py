@@ -171,6 +171,16 @@ def _require_fit(entries: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
             ],
         }
         complaints = [f'{what}: {_first(names)}' for what, names in groups.items() if names]
+    frozen = any(
+        name in entries and entries[name].dim() == expected[name].dim() + 1
+        for name in expected
+        if name.endswith('.weight')
+    )
+    if frozen and complaints and not any(STATIC in complaint for complaint in complaints):
+        complaints.append(
+            'published weights have ODConv in every stage, but the frozen stages of this model are '
+            'plain: build it with frozen_stages=-1'
+        )
     if complaints:
         raise RuntimeError(f'the published file does not fit the model: {"; ".join(complaints)}')
 

@@ -54,10 +54,19 @@ def classifier_file(name):
     return {'epoch': 100, 'arch': name, 'best_acc1': 75.0, 'state_dict': published(name)}
 
 
+# Published weights have ODConv in every stage, and a BatchNorm in the attentions.
+PUBLISHED_FORM = dict(frozen_stages=-1, odconv_cfg=dict(norm_cfg=dict(type='BN')))
+AS_OPTIONS = (
+    '--cfg-options',
+    'model.backbone.frozen_stages=-1',
+    'model.backbone.odconv_cfg.norm_cfg.type=BN',
+)
+
+
 def detector(kind='faster', backbone='r18', **options):
     register_all_modules()
     config = Config.fromfile(ROOT / f'configs/odconv/{kind}-rcnn_od_{backbone}.py')
-    config.model.backbone.update(init_cfg=None, **options)
+    config.model.backbone.update(init_cfg=None, **PUBLISHED_FORM, **options)
     return MODELS.build(config.model)
 
 
@@ -300,6 +309,12 @@ def test_files_are_read_in_safe_mode(tmp_path):
         load_official_checkpoint(ODResNet(depth=18), path)
 
 
+def test_frozen_stages_of_the_model_are_named():
+    model = ODResNet(depth=18, frozen_stages=1)
+    with pytest.raises(RuntimeError, match='frozen stages of this model are plain: build it with'):
+        load_official_checkpoint(model, classifier_file('od_resnet18_K4'))
+
+
 @pytest.mark.parametrize('content', [{}, {'state_dict': {}}, {'epoch': 3}, []])
 def test_what_holds_no_weights_is_refused(content):
     with pytest.raises(ValueError, match='no state dict'):
@@ -311,7 +326,7 @@ def test_the_tools_go_there_and_back(tmp_path):
     original, ours, back = (tmp_path / n for n in ('original.pth', 'ours.pth', 'back.pth'))
     content = detector_file(detector(), 'od_resnet18_K4')
     torch.save(content, original)
-    run_tool('model_converters/published_to_mmdet.py', original, config, ours)
+    run_tool('model_converters/published_to_mmdet.py', original, config, ours, *AS_OPTIONS)
     converted = torch.load(ours, weights_only=True)
     assert converted['meta'] == {'dataset_meta': {'classes': ('a', 'b')}}
     run_tool('model_converters/mmdet_to_published.py', ours, back)
@@ -327,7 +342,11 @@ def test_the_tools_answer_in_one_sentence(tmp_path):
     source, out = tmp_path / 'classifier.pth', tmp_path / 'out.pth'
     torch.save(classifier_file('od_resnet18_K4'), source)
     for name, args, message in (
-        ('published_to_mmdet', (source, config, out), 'depth is 18 in the file and 50 in the mod'),
+        (
+            'published_to_mmdet',
+            (source, config, out, *AS_OPTIONS),
+            'depth is 18 in the file and 50 in the mod',
+        ),
         ('published_to_mmdet', (source, config, source), 'exists; --force overwrites it'),
         ('mmdet_to_published', (source, tmp_path / 'no/x.pth'), 'does not exist'),
     ):
