@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +17,11 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
+from torch import Tensor, nn
 
 from .conversion.errors import ConversionError
+from .layers.odconv import _ODConvNd
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -120,6 +123,78 @@ def _not_found(path: str, what: str) -> str:
         if near:
             message += f'; is it {" or ".join(str(folder / name) for name in near)}?'
     return message
+
+
+def require_weights(model: nn.Module, path: str) -> None:
+    """End the program unless a checkpoint has all the weights of a model.
+
+    MMEngine itself only logs what does not fit, and a model with random weights in some of its
+    layers then has an AP of 0, or draws nothing. The weights are loaded; what the checkpoint has
+    beyond them does not matter. A static kernel fits a bank.
+
+    Args:
+        model (nn.Module): The detector, without wrappers.
+        path (str): The checkpoint, as MMEngine takes it.
+
+    Raises:
+        SystemExit: The file cannot be read, or entries are missing or have other shapes. The
+            message names the first of them, and both numbers of kernels or of classes.
+    """
+    try:
+        content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except Exception as error:  # bytes that are no checkpoint can raise anything
+        reason = str(error).strip().partition('\n')[0]
+        raise SystemExit(f'{path} cannot be read as a checkpoint: {reason}') from error
+    state_dict = content.get('state_dict', content) if isinstance(content, dict) else content
+    if not isinstance(state_dict, dict):
+        raise SystemExit(f'{path} has no state dict, but a {type(state_dict).__name__}')
+    entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    complaints = _other_shapes(model, entries)
+    if not complaints:
+        own: Any = type(state_dict)(entries)
+        if hasattr(state_dict, '_metadata'):
+            own._metadata = state_dict._metadata
+        missing = model.load_state_dict(own, strict=False).missing_keys
+        if missing:
+            number = len(model.state_dict())
+            complaints = [
+                f'{len(missing)} of the {number} weights of the model are not in the file, such as '
+                f'{missing[0]}'
+            ]
+    if complaints:
+        raise SystemExit(f'{path} does not fit the config: {"; ".join(complaints)}')
+
+
+def _other_shapes(model: nn.Module, entries: dict[str, Any]) -> list[str]:
+    """What has one shape in the file and another in the model, banks of another K apart."""
+    banks = {
+        f'{name}.weight' if name else 'weight'
+        for name, module in model.named_modules()
+        if isinstance(module, _ODConvNd)
+    }
+    kernel_nums: Counter[tuple[int, int]] = Counter()
+    others = []
+    for name, ours in model.state_dict().items():
+        theirs = entries.get(name)
+        if not isinstance(theirs, Tensor) or theirs.shape == ours.shape:
+            continue
+        if name in banks and theirs.shape == ours.shape[1:]:
+            continue
+        if name in banks and theirs.shape[1:] == ours.shape[1:]:
+            kernel_nums[len(theirs), len(ours)] += 1
+        elif not name.endswith(('attention.kernel_fc.weight', 'attention.kernel_fc.bias')):
+            others.append(
+                f'{name} has shape {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the '
+                'config'
+            )
+    complaints = [
+        f'{number} banks have K={theirs} in the file, K={ours} in the config'
+        for (theirs, ours), number in kernel_nums.items()
+    ]
+    if others:
+        more = f' (and {len(others) - 1} more like it)' if len(others) > 1 else ''
+        complaints.append(others[0] + more)
+    return complaints
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

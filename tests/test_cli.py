@@ -1,10 +1,13 @@
 import json
+import pickle
 import re
 
 import pytest
+import torch
 from mmengine.config import Config
+from torch import nn
 
-from mmdet_odconv import cli
+from mmdet_odconv import ODConv2d, cli
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / 'configs/odconv/retinanet_od_r18_shapes.py')
@@ -121,3 +124,67 @@ def test_a_wrong_argument_of_the_conversion_ends_in_one_sentence(
     config.work_dir = str(tmp_path)
     with pytest.raises(SystemExit, match=rf'^model\.odconv: {message}'):
         cli.build_runner(config)
+
+
+def dynamic(kernel_num=4, classes=3):
+    return nn.ModuleDict(
+        dict(
+            backbone=nn.Sequential(ODConv2d(3, 8, 3, kernel_num=kernel_num), nn.BatchNorm2d(8)),
+            head=nn.Conv2d(8, classes, 1),
+        )
+    )
+
+
+@pytest.mark.parametrize('wrapped', [True, False])
+def test_weights_that_fit_are_loaded(tmp_path, wrapped):
+    model, other = dynamic(), dynamic()
+    state = {'module.' * wrapped + name: t for name, t in model.state_dict().items()}
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'a.pth')
+    cli.require_weights(other, str(tmp_path / 'a.pth'))
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_static_weights_fit(tmp_path):
+    plain = nn.ModuleDict(
+        dict(backbone=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), head=nn.Conv2d(8, 3, 1))
+    )
+    torch.save(plain.state_dict(), tmp_path / 'a.pth')
+    cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(kernel_num=2), '1 banks have K=2 in the file, K=4 in the config'),
+        (
+            dict(classes=5),
+            r'head\.weight has shape \(5, 8, 1, 1\) in the file, \(3, 8, 1, 1\) in the config '
+            r'\(and 1 more like it\)',
+        ),
+    ],
+)
+def test_weights_of_another_shape_end_the_program(tmp_path, options, message):
+    torch.save(dynamic(**options).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=rf'a\.pth does not fit the config: {message}'):
+        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+
+
+def test_weights_of_another_model_end_the_program(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=r'of the \d+ weights of the model are not in the file'):
+        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+
+
+@pytest.mark.parametrize('content', [b'', b'text', pickle.dumps(3)])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    (tmp_path / 'a.pth').write_bytes(content)
+    with pytest.raises(SystemExit, match=r'a\.pth (cannot be read as a checkpoint|has no state)'):
+        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    torch.save(dynamic().state_dict(), tmp_path / 'a.pth')
+    content = (tmp_path / 'a.pth').read_bytes()
+    (tmp_path / 'a.pth').write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit, match=r'a\.pth cannot be read as a checkpoint'):
+        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))

@@ -36,6 +36,7 @@ def main() -> None:
     cli.require_file(args.checkpoint, 'checkpoint')
     # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
     model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})
+    cli.require_weights(model, args.checkpoint)
     if args.fuse_conv_bn:
         fuse_odconv_bn(model)
     visualizer = VISUALIZERS.build(config.visualizer)

@@ -107,6 +107,7 @@ def main() -> None:
     if args.fuse_conv_bn or args.onnx:
         drop_ema(config)
     runner = cli.build_runner(config)
+    cli.require_weights(detector_of(runner.model), args.checkpoint)
     if args.fuse_conv_bn:
         runner.load_or_resume()  # the statistics to fold are the checkpoint's
         runner.model.eval()
