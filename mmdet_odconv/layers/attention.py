@@ -234,7 +234,10 @@ class ODConvAttention(nn.Module):
         norm = self.bn
         if isinstance(norm, nn.Identity | nn.LayerNorm):
             return norm(h)
-        if isinstance(norm, _BatchNorm) and norm.training and h.shape[0] < 2:
+        few = isinstance(norm, _BatchNorm) and norm.training and h.shape[0] < 4
+        if few and h.shape[0] > 1 and not is_compiling() and not _is_synchronised(norm):
+            warnings.warn(_FEW_SAMPLES, stacklevel=2)
+        if few and h.shape[0] < 2:
             # One value has no variance: such a step uses the running statistics, untouched.
             mean, var = norm.running_mean, norm.running_var
             if mean is not None and not _is_synchronised(norm):
@@ -328,6 +331,11 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
     return len(layers)
 
 
+_FEW_SAMPLES = (
+    "The BatchNorm in an ODConv layer's attention normalises over two or three samples in "
+    'training. What it gives then hardly depends on the images: two values always become +1 and '
+    "-1. Use norm_cfg=dict(type='LN') for the ODConv layers, or SyncBN with several processes."
+)
 _SINGLE_SAMPLE = (
     "The BatchNorm in an ODConv layer's attention was given a single sample in training. One value "
     'has no variance, so this step uses the running statistics and does not update them. If all '

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -122,3 +123,18 @@ def test_a_models_init_cfg_for_all_convolutions_leaves_the_branch():
     model.init_weights()
     assert not model.conv.attention.channel_fc.weight.any()
     assert model.conv.attention.channel_fc.bias.eq(2.2).all()
+
+
+@pytest.mark.parametrize(
+    ('batch', 'norm', 'warned'),
+    [(2, 'BN', True), (3, 'BN', True), (4, 'BN', False), (2, 'LN', False)],
+)
+def test_a_batchnorm_over_few_values_warns(batch, norm, warned):
+    layer = ODConv2d(4, 4, 3, norm_cfg=dict(type=norm))
+    x = torch.randn(batch, 4, 6, 6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        layer(x)
+        layer.eval()(x)
+    found = [str(w.message) for w in caught if 'two or three samples' in str(w.message)]
+    assert len(found) == warned
