@@ -49,8 +49,13 @@ def test_table_and_figures(tool, tmp_path, capsys):
     logs.mkdir()
     for entry in (log('a', 0, 0.42, 0.5), log('a', 1, 0.46, 0.7), log('b', 0, 0.30, 0.9)):
         (logs / f'{entry["arm"]}-{entry["seed"]}.json').write_text(json.dumps(entry))
-    tool('table').main(['--logs', str(logs), '--out', str(tmp_path)])
-    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines()]
+    table = tool('table')
+    page = tmp_path / 'page.md'
+    page.write_text(f'before\n{table.START}\nold\n{table.END}\nafter\n')
+    table.main(['--logs', str(logs), '--out', str(tmp_path), '--page', str(page)])
+    printed = capsys.readouterr().out
+    assert page.read_text() == f'before\n{table.START}\n{printed}{table.END}\nafter\n'
+    rows = [line.split(' | ') for line in printed.splitlines()]
     assert rows[2][:3] == ['| b', '1', '30.0']
     # The deviation of 42 and 46 is √8, that of 0.5 and 0.7 is √0.02.
     assert rows[3][:3] == ['| a', '2', '44.0 ± 2.8']

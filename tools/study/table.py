@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the tables and figures of the study from the logs in docs/study/logs.
 
-Example: python tools/study/table.py   # writes docs/study/results.md and docs/study/*.png
+Example: python tools/study/table.py   # writes the table in docs/study.md and docs/study/*.png
 
 With ``--data data/shapes_hard`` it also draws docs/study/task.jpg, images of the task.
 """
@@ -23,6 +23,8 @@ from pycocotools.coco import COCO
 FOLDER = Path(__file__).resolve().parents[2] / 'docs/study'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
 TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
+# The table stands between these two lines of the page.
+START, END = '<!-- table: made by make study -->', '<!-- end of the table -->'
 Log = dict[str, Any]
 
 
@@ -143,13 +145,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Make the tables and figures of the study.')
     parser.add_argument('--logs', type=Path, default=FOLDER / 'logs')
     parser.add_argument('--out', type=Path, default=FOLDER)
+    parser.add_argument('--page', type=Path, default=FOLDER.with_suffix('.md'))
     parser.add_argument('--data', type=Path, help='folder of the images, for a picture of them')
     args = parser.parse_args(argv)
     arms = read(args.logs)
     if not arms:
         parser.error(f'{args.logs} has no log; tools/study/run.py makes them')
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / 'results.md').write_text(table(arms), encoding='utf-8')
+    if args.page.exists():
+        before, _, rest = args.page.read_text(encoding='utf-8').partition(START)
+        page = f'{before}{START}\n{table(arms)}{END}{rest.partition(END)[2]}'
+        args.page.write_text(page, encoding='utf-8')
     curves(arms, args.out / 'curves.png')
     costs(arms, args.out / 'costs.png')
     if args.data:
