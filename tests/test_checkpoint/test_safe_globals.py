@@ -7,7 +7,6 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 
-
 needs_safe_default = pytest.mark.skipif(
     not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'),
     reason='before torch 2.6, torch.load is not in safe mode unless told so',
