@@ -12,6 +12,9 @@ or checked, which makes 15 classes, and nothing but shape and texture tells them
 contrast, sharpness, noise, rotation and background vary freely, most shapes are small, and bars and
 half discs, which belong to no class, lie between them. No image of it is empty or has a crowd.
 
+``--classification`` makes pictures for a classifier: each has one object of the hard set's classes, and
+lies in a folder of its class, ``{train,val}/striped_star/000000.jpg``. The classes take turns.
+
 The same arguments give the same bytes with the same NumPy and OpenCV, and asking for more images
 never changes the earlier ones. ``OUT/.unfinished.json`` exists only while a set is being made.
 
@@ -22,7 +25,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import cv2
@@ -167,9 +170,13 @@ class _Scene:
         self.owner[around > 0] = CROWD_LABEL
         self.crowd = (category, members)
 
-    def add_object(self, scale: float) -> None:
-        """Place one shape of about ``scale ** 2`` px, smaller where room is short."""
-        category = int(self.rng.integers(len(self.style.classes)))
+    def add_object(self, scale: float, category: int | None = None) -> None:
+        """Place one shape of about ``scale ** 2`` px, smaller where room is short.
+
+        Its class is drawn at random unless ``category`` names it.
+        """
+        if category is None:
+            category = int(self.rng.integers(len(self.style.classes)))
         texture, shape = divmod(category, len(CLASSES))
         for _ in range(40):
             reach = scale * np.linalg.norm(UNIT_POLYGONS[shape], axis=1).max() + 3
@@ -289,15 +296,27 @@ def _scene(arguments: dict[str, int], split: str, index: int) -> _Scene:
         scene.add_crowd()
     for _ in range(rng.integers(style.distractors + 1) if style.distractors else 0):
         scene.add_distractor()
-    for scale in _scales(rng, style, 0.42 * min(scene.size)):
-        scene.add_object(scale)
+    if arguments.get('classification'):
+        scene.add_object(rng.uniform(0.22, 0.5) * min(scene.size), index % len(style.classes))
+    else:
+        for scale in _scales(rng, style, 0.42 * min(scene.size)):
+            scene.add_object(scale)
     if style.disturbed:
         scene.disturb()
     return scene
 
 
 def _style(arguments: dict[str, int]) -> _Style:
-    return HARD if arguments.get('hard') else EASY
+    return HARD if arguments.get('hard') or arguments.get('classification') else EASY
+
+
+def _image_name(arguments: dict[str, int], index: int) -> str:
+    """The path of an image within its split."""
+    name = f'{index:06d}.jpg'
+    if arguments.get('classification'):
+        classes = _style(arguments).classes
+        return f'{classes[index % len(classes)].replace(" ", "_")}/{name}'
+    return name
 
 
 def _polygons(mask: Bools) -> list[list[float]]:
@@ -341,7 +360,8 @@ def _make_split(out: Path, arguments: dict[str, int], split: str) -> dict[str, A
     size = {key: arguments[key] for key in ('width', 'height')}
     (out / split).mkdir(exist_ok=True)
     for index in range(arguments[split]):
-        scene, name = _scene(arguments, split, index), f'{index:06d}.jpg'
+        scene, name = _scene(arguments, split, index), _image_name(arguments, index)
+        (out / split / name).parent.mkdir(exist_ok=True)
         (out / split / name).write_bytes(scene.jpeg())
         images.append({'id': index + 1, 'file_name': name, **size})
         for annotation in scene.annotations():
@@ -387,12 +407,14 @@ def _is_complete(out: Path, arguments: dict[str, int]) -> bool:
     """Tell whether the folder holds this very set; raise if it holds anything else."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f'{out} is a file: expected a folder')
-    images = {f'{split}/{i:06d}.jpg' for split in SPLITS for i in range(arguments[split])}
-    wanted = images | {_json_path(split) for split in SPLITS}
+    wanted = {_json_path(split) for split in SPLITS}
+    for split in SPLITS:
+        wanted |= {f'{split}/{_image_name(arguments, i)}' for i in range(arguments[split])}
     passing = {UNFINISHED, UNFINISHED + '.tmp'} | {_json_path(split) + '.tmp' for split in SPLITS}
-    # Two levels are all that a set has, and listing more could take long in a foreign folder.
-    found = {p.relative_to(out).as_posix() for depth in ('*', '*/*') for p in out.glob(depth)}
-    found -= {'annotations', *SPLITS}
+    # Three levels are all that a set has, and listing more could take long in a foreign folder.
+    depths = ('*', '*/*', '*/*/*')
+    found = {p.relative_to(out).as_posix() for depth in depths for p in out.glob(depth)}
+    found -= {'annotations', *SPLITS, *(str(PurePosixPath(name).parent) for name in wanted)}
     info = _info(arguments)
     resumable = not found - {UNFINISHED + '.tmp'} or _read(out / UNFINISHED) == info
     known = resumable or all(_read(out / _json_path(s)).get('info') == info for s in SPLITS)
@@ -415,6 +437,7 @@ def make_shapes_dataset(
     size: tuple[int, int] = (256, 256),
     seed: int = 0,
     hard: bool = False,
+    classification: bool = False,
 ) -> bool:
     """Make the data set, unless the folder holds it already.
 
@@ -425,6 +448,7 @@ def make_shapes_dataset(
         size: Width and height of the images, in pixels.
         seed: Seed of everything random.
         hard: Whether to make the hard set of 15 classes in place of the easy one of five.
+        classification: Whether to make a set for classifiers, of the same 15 classes.
 
     Returns:
         True if the set was made, False if it was there already and nothing was written.
@@ -435,8 +459,9 @@ def make_shapes_dataset(
     """
     out, (width, height) = Path(out), size
     arguments = {'train': train, 'val': val, 'width': width, 'height': height, 'seed': seed}
-    if hard:
-        arguments['hard'] = 1
+    if hard and classification:
+        raise ValueError('hard and classification are both on: expected one of them at most')
+    arguments |= {'hard': 1} if hard else {'classification': 1} if classification else {}
     _check(arguments)
     if _is_complete(out, arguments):
         return False
@@ -478,6 +503,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--seed', type=int, default=0, help='random seed (%(default)s)')
     parser.add_argument('--hard', action='store_true', help='the hard set of 15 classes')
+    parser.add_argument(
+        '--classification',
+        action='store_true',
+        help='one object in each image, in folders by its class',
+    )
     args = parser.parse_args(argv)
     try:
         made = make_shapes_dataset(**vars(args))

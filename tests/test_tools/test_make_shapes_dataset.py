@@ -374,3 +374,30 @@ def test_hard_images_come_from_the_seed_alone(hard: Path, tmp_path: Path) -> Non
 def test_hard_and_easy_set_do_not_share_a_folder(hard: Path) -> None:
     with pytest.raises(FileExistsError, match='same arguments'):
         tool.make_shapes_dataset(hard, train=40, val=2, size=(128, 128))
+
+
+def test_classification_set_has_one_object_of_the_folder_s_class_in_each_image(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / 'set'
+    arguments = [str(out), '--classification', '--train', '30', '--val', '15', '--size', '64', '64']
+    tool.main(arguments)
+    coco = COCO(str(out / 'annotations' / 'instances_train.json'))
+    names = {c['id']: c['name'] for c in coco.dataset['categories']}
+    counts = dict.fromkeys(names.values(), 0)
+    for image in coco.imgs.values():
+        (annotation,) = coco.imgToAnns[image['id']]
+        name = names[annotation['category_id']]
+        assert image['file_name'].startswith(name.replace(' ', '_') + '/')
+        assert _image(out / 'train' / image['file_name']).shape == (64, 64, 3)
+        counts[name] += 1
+    assert set(counts.values()) == {2}
+    assert not tool.make_shapes_dataset(out, 30, 15, (64, 64), classification=True)
+    next((out / 'train' / 'plain_star').iterdir()).unlink()
+    with pytest.raises(FileExistsError, match='without train/plain_star'):
+        tool.make_shapes_dataset(out, 30, 15, (64, 64), classification=True)
+
+
+def test_a_set_is_for_detection_or_for_classification(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='hard and classification'):
+        tool.make_shapes_dataset(tmp_path / 'set', hard=True, classification=True)

@@ -65,6 +65,17 @@ def test_table_and_figures(tool, tmp_path, capsys):
     assert (tmp_path / 'costs.png').stat().st_size > 10_000
 
 
+def test_arms_are_compared_seed_by_seed(tool):
+    arms = {
+        'plain': [log('plain', 0, 0.40, 0.5), log('plain', 1, 0.50, 0.5)],
+        'od_k4': [log('od_k4', 1, 0.54, 0.4), log('od_k4', 2, 0.9, 0.4), log('od_k4', 0, 0.42, 1)],
+    }
+    # Seed 0 gains 2 points and seed 1 gains 4; seed 2 has no twin.
+    rows = [line.split(' | ') for line in tool('table').differences(arms).splitlines()]
+    assert rows[-1][:2] == ['| od_k4', '3.0 ± 1.4']
+    assert rows[-2][0] == '| plain' and rows[-2][3].startswith('3.0 ± 1.4')
+
+
 def test_no_logs(tool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool('table').main(['--logs', str(tmp_path)])

@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use('Agg')
+from cycler import cycler
 from matplotlib import pyplot as plt
 from pycocotools.coco import COCO
 
@@ -26,6 +27,7 @@ TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
 # The table stands between these two lines of the page.
 START, END = '<!-- table: made by make study -->', '<!-- end of the table -->'
 Log = dict[str, Any]
+plt.rcParams['axes.prop_cycle'] = cycler(color=plt.get_cmap('tab20').colors)  # one for each arm
 
 
 def read(folder: Path) -> dict[str, list[Log]]:
@@ -66,6 +68,29 @@ def table(arms: dict[str, list[Log]]) -> str:
             ]
         )
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def differences(arms: dict[str, list[Log]]) -> str:
+    """A Markdown table of what separates arms run by run, the two runs of a seed side by side.
+
+    They start from the same seed and see the same images in the same order.
+    """
+    head = ['arm', 'AP over `plain`', 'AP small over `plain`', '`od_k4` over it, AP']
+    rows = [head, ['---'] * len(head)]
+    for arm in sorted(arms, key=lambda arm: statistics.mean(final(arms[arm], 'mAP'))):
+        pairs = [('mAP', arm, 'plain'), ('mAP_s', arm, 'plain'), ('mAP', 'od_k4', arm)]
+        gains = [over(arms, metric, a, b) if a != b else [] for metric, a, b in pairs]
+        rows.append([arm, *(spread(gain) if gain else '' for gain in gains)])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def over(arms: dict[str, list[Log]], metric: str, arm: str, other: str) -> list[float]:
+    """By how much ``arm`` is better than ``other``, for each seed that both have."""
+    finals = [
+        {log['seed']: value for log, value in zip(logs, final(logs, metric), strict=True)}
+        for logs in (arms.get(arm, []), arms.get(other, []))
+    ]
+    return [finals[0][seed] - finals[1][seed] for seed in sorted(set(finals[0]) & set(finals[1]))]
 
 
 def curves(arms: dict[str, list[Log]], path: Path) -> None:
@@ -111,12 +136,11 @@ def costs(arms: dict[str, list[Log]], path: Path) -> None:
             values = final(logs, 'mAP')
             y = statistics.mean(values)
             error = statistics.stdev(values) if len(values) > 1 else math.nan
-            axes.errorbar(x, y, error, fmt='o', capsize=3)
-            axes.annotate(arm, (x, y), xytext=(5, 4), textcoords='offset points', fontsize=8)
+            axes.errorbar(x, y, error, fmt='o', capsize=3, label=arm)
         axes.set(xlabel=label)
-        axes.margins(x=0.2)
         axes.grid(alpha=0.3)
     both[0].set(ylabel='AP')
+    figure.legend(*both[0].get_legend_handles_labels(), loc='outside right center', frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -154,13 +178,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.page.exists():
         before, _, rest = args.page.read_text(encoding='utf-8').partition(START)
-        page = f'{before}{START}\n{table(arms)}{END}{rest.partition(END)[2]}'
+        page = f'{before}{START}\n{table(arms)}\n{differences(arms)}{END}{rest.partition(END)[2]}'
         args.page.write_text(page, encoding='utf-8')
     curves(arms, args.out / 'curves.png')
     costs(arms, args.out / 'costs.png')
     if args.data:
         task(args.data, args.out / 'task.jpg')
-    print(table(arms), end='')
+    print(table(arms), differences(arms), sep='\n', end='')
 
 
 if __name__ == '__main__':
