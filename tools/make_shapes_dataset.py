@@ -12,8 +12,8 @@ or checked, which makes 15 classes, and nothing but shape and texture tells them
 contrast, sharpness, noise, rotation and background vary freely, most shapes are small, and bars and
 half discs, which belong to no class, lie between them. No image of it is empty or has a crowd.
 
-``--classification`` makes pictures for a classifier: each has one object of the hard set's classes, and
-lies in a folder of its class, ``{train,val}/striped_star/000000.jpg``. The classes take turns.
+``--classification`` makes pictures for a classifier: each has one object of the hard set's classes
+and lies in a folder of its class, ``{train,val}/striped_star/000000.jpg``. The classes take turns.
 
 The same arguments give the same bytes with the same NumPy and OpenCV, and asking for more images
 never changes the earlier ones. ``OUT/.unfinished.json`` exists only while a set is being made.
