@@ -1,6 +1,7 @@
-"""MMDetection's backbones with ODConv in their blocks."""
+"""Backbones of mmdet with ODConv, and what pretraining them on ImageNet needs besides."""
 
+from .classifier_neck import GlobalAverageDropout
 from .mobilenet_v2 import ODMobileNetV2
 from .resnet import ODResNet, ODResNetV1d, ODResNeXt
 
-__all__ = ['ODMobileNetV2', 'ODResNeXt', 'ODResNet', 'ODResNetV1d']
+__all__ = ['GlobalAverageDropout', 'ODMobileNetV2', 'ODResNeXt', 'ODResNet', 'ODResNetV1d']
