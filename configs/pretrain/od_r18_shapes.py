@@ -1,7 +1,7 @@
 """A small OD-ResNet-18, K=4, on generated images: the road from pretraining to detection on a CPU.
 
-It has the backbone of the study's detectors (docs/study.md), and starts a detector by
-``init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
+It has the backbone of the study's detectors (docs/study.md). retinanet_od_r18_shapes-hard.py is a
+detector that starts from its checkpoint.
 """
 
 _base_ = [
@@ -13,7 +13,14 @@ custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
 
 model = dict(
     type='ImageClassifier',
-    backbone=dict(type='ODResNet', depth=18, base_channels=16, out_indices=(3,), norm_eval=False),
+    backbone=dict(
+        type='ODResNet',
+        depth=18,
+        base_channels=16,
+        out_indices=(3,),
+        norm_eval=False,
+        odconv_cfg=dict(norm_cfg=dict(type='LN')),
+    ),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',

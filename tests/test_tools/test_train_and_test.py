@@ -29,8 +29,9 @@ SMALL = [
 ]
 
 
-def run_tool(name, *args, shapes=None, ok=True):
-    env = {'SHAPES_ROOT': str(shapes)} if shapes else {}
+def run_tool(name, *args, shapes=None, ok=True, **env):
+    if shapes:
+        env['SHAPES_ROOT'] = str(shapes)
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / name), *map(str, args)],
         capture_output=True,

@@ -34,6 +34,7 @@ from mmdet_odconv.layers.odconv import _ODConvNd
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = {
     'shapes': ROOT / 'tools/study/shapes.py',
+    'pretrained': ROOT / 'tools/study/pretrained.py',
     'deeppcb': ROOT / 'tools/study/deeppcb.py',
 }
 LOGS = ROOT / 'docs/study/logs'
