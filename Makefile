@@ -5,6 +5,7 @@
 #   make lint   ruff and mypy
 #   make study      the tables and figures of docs/study.md, from the logs of its runs
 #   make study-run  train the runs that have no log yet: hours
+#   make road       pretrain a small backbone as a classifier, and train a detector from it
 #   make cuda   the tests and the benchmark on a GPU, written to work_dirs/benchmark_cuda*.json
 #   make clean  remove what the above made, the virtual environment included
 
@@ -17,11 +18,15 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# mmpretrain needs torchvision, of the same release as PyTorch and built for the same devices.
+ROAD_TORCH ?= torch==2.1.2 torchvision==0.16.2 numpy<2 opencv-python<4.12
+ROAD_DIR := work_dirs/road
+
 DEMO_CONFIG := configs/odconv/retinanet_od_r18_shapes.py
 DEMO_DIR := work_dirs/demo
 DEMO_DATA := data/shapes
 
-.PHONY: demo test lint cuda study study-run clean setup
+.PHONY: demo test lint cuda study study-run road pretrain-and-detect clean setup
 
 setup: $(READY)
 
@@ -43,6 +48,21 @@ study: $(READY)
 study-run: $(READY)
 	$(BIN)/python tools/make_shapes_dataset.py data/shapes_hard --hard --train 12000 --val 1000 --size 128 128
 	$(BIN)/python tools/study/run.py
+
+road:
+	$(MAKE) pretrain-and-detect VENV='$(VENV)-road' TORCH='$(ROAD_TORCH)'
+
+pretrain-and-detect: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pretrain.txt
+	$(BIN)/python tools/make_shapes_dataset.py data/shapes_classification --classification \
+	    --train 40000 --val 1000 --size 64 64 --seed 1
+	$(BIN)/python tools/train.py configs/pretrain/od_r18_shapes.py --work-dir $(ROAD_DIR)/classifier
+	$(BIN)/python tools/make_shapes_dataset.py data/shapes_hard_small --hard --train 8000 --val 500 \
+	    --size 128 128
+	SHAPES_HARD_ROOT=data/shapes_hard_small $(BIN)/python tools/train.py \
+	    configs/pretrain/retinanet_od_r18_shapes-hard.py --work-dir $(ROAD_DIR)/detector --cfg-options \
+	    model.backbone.init_cfg.checkpoint="$$(cat $(ROAD_DIR)/classifier/last_checkpoint)" \
+	    train_cfg.max_epochs=1 param_scheduler.1.end=1 param_scheduler.1.T_max=1
 
 # The package's own environment has PyTorch for CPUs: name one with CUDA by TORCH, or by BIN.
 cuda: $(READY)

@@ -56,6 +56,7 @@ setup(
     extras_require={
         'deploy': requirements('deploy'),
         'mim': requirements('mminstall'),
+        'pretrain': requirements('pretrain'),
         'tests': requirements('tests'),
     },
     cmdclass={'build_py': BuildWithMim},

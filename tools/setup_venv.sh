@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Make a virtual environment with torch, mmcv (compiled), mmdet and this package in it.
 # Usage: [PYTHON=python3] [TORCH=torch==2.13.0] tools/setup_venv.sh FOLDER
+# TORCH may name further packages whose versions have to go with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?FOLDER is missing}
 python=${PYTHON:-python3}
-torch=${TORCH:-torch==2.13.0}
+read -ra torch <<<"${TORCH:-torch==2.13.0}"
 
 "$python" - <<'PY'
 import sys
@@ -23,8 +24,8 @@ echo "== 1/4  virtual environment in $venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 # By exact version: a range lets pip fetch gigabytes of CUDA libraries.
-echo "== 2/4  $torch"
-pip install --quiet "$torch"
+echo "== 2/4  ${torch[*]}"
+pip install --quiet "${torch[@]}"
 pip install --quiet -r requirements/build.txt
 
 echo '== 3/4  mmcv and mmdet; mmcv is compiled: about 8 minutes on 2 cores the first time, then'

@@ -11,7 +11,7 @@ model = dict(
         init_cfg=dict(
             _delete_=True,
             type='Pretrained',
-            checkpoint='{{$PRETRAINED:work_dirs/od_r18_shapes/epoch_4.pth}}',
+            checkpoint='{{$PRETRAINED:work_dirs/od_r18_shapes/epoch_3.pth}}',
             prefix='backbone.',
         )
     )
