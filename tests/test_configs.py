@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -7,7 +9,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 
-from mmdet_odconv import ODConv2d
+from mmdet_odconv import ODConv2d, ODResNet
 from tests.conftest import ROOT
 from tests.predictions import predict
 
@@ -121,6 +123,28 @@ def test_static_weights_start_a_backbone_by_init_cfg(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_classifier_of_configs_pretrain_starts_a_detector(tmp_path):
+    """With the options that the page of those configs names."""
+    page = (ROOT / 'configs/pretrain/README.md').read_text()
+    options = dict(re.findall(r'model\.backbone\.(\S+?)=(\S+)', page))
+    assert set(options) == {
+        'init_cfg.checkpoint', 'init_cfg.prefix', 'frozen_stages', 'odconv_cfg.norm_cfg.type'
+    }  # fmt: skip
+    config = Config.fromfile(ROOT / 'configs/odconv/faster-rcnn_od_r18.py')
+    options['init_cfg.checkpoint'] = str(tmp_path / 'classifier.pth')
+    options['frozen_stages'] = int(options['frozen_stages'])
+    config.merge_from_dict({f'model.backbone.{k}': v for k, v in options.items()})
+
+    pretrained = ODResNet(18, norm_eval=False, odconv_cfg=dict(attention_init='published'))
+    pretrained.init_weights()
+    weights = {f'backbone.{k}': v for k, v in pretrained.state_dict().items()}
+    torch.save({'state_dict': weights}, tmp_path / 'classifier.pth')
+    backbone = MODELS.build(config.model.backbone)
+    backbone.init_weights()
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, weights[f'backbone.{name}'], msg=name)
+
+
 @pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
 def test_the_base_batch_size_is_that_of_the_name(path):
     """mmdet's ``8xb2`` and so on; --auto-scale-lr scales the rate from there."""
@@ -140,8 +164,6 @@ def test_a_config_names_classes_for_all_its_outputs(path):
 
 
 def test_the_file_names_follow_the_rule_of_the_readme():
-    import re
-
     rule = re.compile(
         # detector_od_backbone_kK_data
         r'[a-z-]+_od_(r\d+|mobilenetv2|cspdarknet-tiny|cspnext-tiny)(_k\d+)?(_[a-z0-9]+)?\.py'
