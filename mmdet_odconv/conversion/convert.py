@@ -2,16 +2,18 @@
 
 import difflib
 import inspect
+import warnings
 from collections import Counter
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
-from .rules import REPLACEABLE, blocking_reason, default_exclusion
+from .rules import REPLACEABLE, blocking_reason, default_exclusion, serves_several_levels
 from .selection import Patterns, Selection
 from .site import DYNAMIC_TYPES, Site, find_convolutions
 
@@ -114,6 +116,7 @@ def convert_to_odconv(
 
     _replace(model, layers)
     keep_initialisation(model)
+    _warn_of_shared_norms(layers, convolutions)
     return ConversionReport(converted, kept, before, _count_parameters(model))
 
 
@@ -184,6 +187,25 @@ def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
+
+
+def _warn_of_shared_norms(
+    layers: dict[nn.Module, Any], convolutions: dict[nn.Module, list[Site]]
+) -> None:
+    """Say so if a BatchNorm of an attention would mix the statistics of pyramid levels."""
+    names = [
+        convolutions[conv][0].name
+        for conv, layer in layers.items()
+        if isinstance(layer.attention.bn, _BatchNorm)
+        and any(serves_several_levels(site) for site in convolutions[conv])
+    ]
+    if names:
+        warnings.warn(
+            f'{len(names)} converted convolutions ({names[0]} and so on) are in a head that is '
+            'applied to every level of the pyramid. The BatchNorms of their attentions mix the '
+            "levels' statistics; pass norm_cfg=dict(type='LN')",
+            stacklevel=3,
+        )
 
 
 def _frozen_names(model: nn.Module, convolutions: dict[nn.Module, list[Site]]) -> set[str]:

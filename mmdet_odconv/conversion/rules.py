@@ -7,6 +7,8 @@ from mmcv.cnn.bricks import ContextBlock
 from mmcv.cnn.bricks.wrappers import Conv2d as WrappedConv2d
 from mmcv.cnn.bricks.wrappers import Conv3d as WrappedConv3d
 from mmdet.models.backbones.resnest import SplitAttentionConv2d
+from mmdet.models.dense_heads import YOLOV3Head, YOLOXHead
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.tood_head import TaskDecomposition
 from mmdet.models.layers import ChannelAttention, DyReLU, PatchEmbed, SELayer
 from torch import nn
@@ -61,6 +63,14 @@ def blocking_reason(site: Site, tied: bool) -> str | None:
     if _weight_is_read(site):
         return 'weight read by its parent'
     return None
+
+
+def serves_several_levels(site: Site) -> bool:
+    """Whether the convolution is in a head that mmdet applies to each level of a pyramid."""
+    return any(
+        isinstance(module, BaseDenseHead) and not isinstance(module, YOLOV3Head | YOLOXHead)
+        for module in site.path
+    )
 
 
 class DefaultExclusion(NamedTuple):

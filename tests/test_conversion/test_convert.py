@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -23,7 +24,7 @@ from mmdet.models.backbones import (
     ResNetV1d,
     SwinTransformer,
 )
-from mmdet.models.dense_heads import RetinaHead, RPNHead, RTMDetSepBNHead, TOODHead
+from mmdet.models.dense_heads import RetinaHead, RPNHead, RTMDetSepBNHead, TOODHead, YOLOXHead
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
@@ -536,3 +537,20 @@ def test_a_converted_model_can_be_copied_converted_further_and_pickled():
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(twin.eval()(x)[-1], model.eval()(x)[-1])
+
+
+@pytest.mark.parametrize(
+    ('head', 'norm', 'warned'),
+    [
+        (RetinaHead(2, 8, feat_channels=8, stacked_convs=1), 'BN', True),
+        (RetinaHead(2, 8, feat_channels=8, stacked_convs=1), 'LN', False),
+        (YOLOXHead(2, 8, feat_channels=8, stacked_convs=1), 'BN', False),
+    ],
+    ids=['shared', 'shared, LN', 'a head for each level'],
+)
+def test_a_batchnorm_that_pyramid_levels_share_is_warned_of(head, norm, warned):
+    model = Net(nn.Sequential(nn.Conv2d(8, 8, 3)), head)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        convert_to_odconv(model, include='bbox_head', norm_cfg=dict(type=norm))
+    assert any('every level of the pyramid' in str(w.message) for w in caught) == warned
