@@ -24,12 +24,28 @@ def wide(channels: int) -> Options:
 
 LN = dict(type='LN')
 
+
+def frozen_banks(options: Options) -> Options:
+    """With ODConv in the frozen first stage as well, where only the attentions learn."""
+    layers = [f'backbone.layer1.{block}.conv{i}' for block in (0, 1) for i in (1, 2)]
+    rates = {f'{layer}.attention': dict(lr_mult=1.0, decay_mult=1.0) for layer in layers}
+    rates['backbone.layer1'] = dict(lr_mult=0.0, decay_mult=0.0)
+    return {
+        **options,
+        'model.backbone.frozen_stages': 0,
+        'optim_wrapper.paramwise_cfg': dict(custom_keys=rates),
+    }
+
+
 ARMS: dict[str, Options] = {
     'plain': {},
     'od_k1': dynamic(1),
     'od_k4': dynamic(4),
     'od_k1_ln': dynamic(1, norm_cfg=LN),
     'od_k4_ln': dynamic(4, norm_cfg=LN),
+    'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
+    'od_k4_no_norm': dynamic(4, norm_cfg=None),
+    'od_k4_ln_frozen_banks': frozen_banks(dynamic(4, norm_cfg=LN)),
     'condconv_k4': dynamic(4, type='CondConv2d'),
     'condconv_k8': dynamic(8, type='CondConv2d'),
     'dyconv_k4': dynamic(4, type='DyConv2d'),

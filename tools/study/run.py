@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = {
     'shapes': ROOT / 'tools/study/shapes.py',
     'pretrained': ROOT / 'tools/study/pretrained.py',
+    'small_batch': ROOT / 'tools/study/small_batch.py',
     'deeppcb': ROOT / 'tools/study/deeppcb.py',
 }
 LOGS = ROOT / 'docs/study/logs'
