@@ -27,6 +27,7 @@ from .layers import (  # noqa: E402
     ODConv2d,
     ODConv3d,
     set_temperature,
+    use_valid_pooling,
 )
 from .optim import ODConvOptimWrapperConstructor  # noqa: E402
 from .version import __version__  # noqa: E402
@@ -51,4 +52,5 @@ __all__ = [
     'fuse_odconv_bn',
     'load_official_checkpoint',
     'set_temperature',
+    'use_valid_pooling',
 ]

@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
+from ..layers import use_valid_pooling
 from .convert import convert_to_odconv
 from .errors import ConversionError
 
@@ -20,6 +21,7 @@ def build_odconv_model(
     detector: str | None = None,
     model: dict[str, Any] | None = None,
     data_preprocessor: dict[str, Any] | nn.Module | None = None,
+    attention_pool: str = 'all',
     **fields: Any,
 ) -> nn.Module:
     """Build a model, replace plain convolutions by ODConv, and return the model.
@@ -43,16 +45,22 @@ def build_odconv_model(
         detector (str, optional): Type of the model. Default: ``model``'s.
         model (dict, optional): Config of the model. Default: ``fields`` are all of it.
         data_preprocessor (dict | nn.Module, optional): The model's, where its config has none.
+        attention_pool (str): 'all', or 'valid' for attentions that leave out the padding of the
+            batch (:func:`~mmdet_odconv.use_valid_pooling`). A detector whose config has an OD
+            backbone needs ``odconv=dict(include=[])`` besides. Default: 'all'.
         **fields: Fields of the model's config, in place of ``model``'s.
 
     Returns:
         nn.Module: The model, of its own class.
 
     Raises:
-        ValueError: Neither ``detector`` nor ``model`` says what to build.
+        ValueError: Neither ``detector`` nor ``model`` says what to build, or ``attention_pool`` is
+            neither 'all' nor 'valid'.
         ConversionError: A ValueError. The model has a field ``detector`` itself, as SoftTeacher
             and the trackers have, and needs the second form.
     """
+    if attention_pool not in ('all', 'valid'):
+        raise ValueError(f"attention_pool must be 'all' or 'valid', got {attention_pool!r}")
     config = {**copy.copy(model or {}), **fields}
     if detector is not None:
         if not isinstance(detector, str) or _has_detector_field(detector):
@@ -70,6 +78,8 @@ def build_odconv_model(
     # From this registry mmengine finds the models of the default scope, and mmdet's without one.
     built = DETECTORS.build(config)
     report = convert_to_odconv(built, **(odconv or {}))
+    if attention_pool == 'valid':
+        use_valid_pooling(built)
     print_log(f'ODConv in {type(built).__name__}:\n{report}', logger='current', level=logging.INFO)
     return built
 

@@ -3,6 +3,7 @@
 from .attention import ODConvAttention, set_temperature
 from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
+from .valid_pooling import use_valid_pooling
 
 __all__ = [
     'CondConv2d',
@@ -12,4 +13,5 @@ __all__ = [
     'ODConv3d',
     'ODConvAttention',
     'set_temperature',
+    'use_valid_pooling',
 ]

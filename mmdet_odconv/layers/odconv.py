@@ -22,6 +22,7 @@ from ..functional import (
     squeeze,
 )
 from .attention import ODConvAttention
+from .valid_pooling import ValidSizes
 
 
 class _ODConvNd(nn.Module):
@@ -146,6 +147,7 @@ class _ODConvNd(nn.Module):
         else:
             self.register_parameter('bias', None)
         self.attention = attention
+        self.valid_sizes: ValidSizes | None = None  # see use_valid_pooling
         self._reset_bank()
 
     @classmethod
@@ -212,7 +214,9 @@ class _ODConvNd(nn.Module):
                 'mmdet_odconv.fuse_odconv_bn'
             )
         convolution_dtype(x, self.weight)  # refuses a wrong type before a norm sees the batch
-        x, average = squeeze(x)
+        average = None if self.valid_sizes is None else self.valid_sizes.average(x)
+        if average is None:
+            x, average = squeeze(x)
         attentions = self.attention(average)  # whose own average then has nothing to do
         padding: Sequence[int] | str = self.padding
         if self.padding_mode != 'zeros':
