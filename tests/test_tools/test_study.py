@@ -50,13 +50,21 @@ def test_table_and_figures(tool, tmp_path, capsys):
     for entry in (log('a', 0, 0.42, 0.5), log('a', 1, 0.46, 0.7), log('b', 0, 0.30, 0.9)):
         (logs / f'{entry["arm"]}-{entry["seed"]}.json').write_text(json.dumps(entry))
     table = tool('table')
+    small = logs / 'small_batch'
+    small.mkdir()
+    (small / 'a-0.json').write_text(json.dumps(log('a', 0, 0.2, 0.9)))
+    shapes, other = table.START.format('shapes'), table.START.format('small_batch')
     page = tmp_path / 'page.md'
-    page.write_text(f'before\n{table.START}\nold\n{table.END}\nafter\n')
+    page.write_text(f'one\n{shapes}\nold\n{table.END}\ntwo\n{other}\n{table.END}\nthree\n')
     table.main(['--logs', str(logs), '--out', str(tmp_path), '--page', str(page)])
-    printed = capsys.readouterr().out
-    assert page.read_text() == f'before\n{table.START}\n{printed}{table.END}\nafter\n'
-    rows = [line.split(' | ') for line in printed.splitlines()]
-    assert rows[2][:3] == ['| b', '1', '30.0']
+    capsys.readouterr()
+    first, second = page.read_text().split('two')
+    assert first.startswith(f'one\n{shapes}\n| arm |')
+    assert 'old' not in first
+    assert second.startswith(f'\n{other}\n| arm |')
+    assert second.endswith(f'{table.END}\nthree\n')
+    assert '| a | 1 | 20.0 |' in second
+    rows = [line.split(' | ') for line in first.splitlines()[2:]]
     # The deviation of 42 and 46 is √8, that of 0.5 and 0.7 is √0.02.
     assert rows[3][:3] == ['| a', '2', '44.0 ± 2.8']
     assert rows[3][7] == '0.600 ± 0.141'

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the tables and figures of the study from the logs in docs/study/logs.
 
-Example: python tools/study/table.py   # writes the table in docs/study.md and docs/study/*.png
+Example: python tools/study/table.py   # writes the tables in docs/study.md and docs/study/*.png
 
 With ``--data data/shapes_hard`` it also draws docs/study/task.jpg, images of the task.
 """
@@ -24,8 +24,10 @@ from pycocotools.coco import COCO
 FOLDER = Path(__file__).resolve().parents[2] / 'docs/study'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
 TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
-# The table stands between these two lines of the page.
-START, END = '<!-- table: made by make study -->', '<!-- end of the table -->'
+# The tables of a task stand between these two lines of the page. All tasks but the first have their
+# logs in a folder of their own.
+TASKS = ('shapes', 'pretrained', 'small_batch', 'deeppcb')
+START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
 Log = dict[str, Any]
 plt.rcParams['axes.prop_cycle'] = cycler(color=plt.get_cmap('tab20').colors)  # one for each arm
 
@@ -70,15 +72,16 @@ def table(arms: dict[str, list[Log]]) -> str:
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
-def differences(arms: dict[str, list[Log]]) -> str:
+def differences(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
     """A Markdown table of what separates arms run by run, the two runs of a seed side by side.
 
-    They start from the same seed and see the same images in the same order.
+    They start from the same seed and see the same images in the same order. The last column has
+    by how much ``ours`` is better than the arm.
     """
-    head = ['arm', 'AP over `plain`', 'AP small over `plain`', '`od_k4` over it, AP']
+    head = ['arm', 'AP over `plain`', 'AP small over `plain`', f'`{ours}` over it, AP']
     rows = [head, ['---'] * len(head)]
     for arm in sorted(arms, key=lambda arm: statistics.mean(final(arms[arm], 'mAP'))):
-        pairs = [('mAP', arm, 'plain'), ('mAP_s', arm, 'plain'), ('mAP', 'od_k4', arm)]
+        pairs = [('mAP', arm, 'plain'), ('mAP_s', arm, 'plain'), ('mAP', ours, arm)]
         gains = [over(arms, metric, a, b) if a != b else [] for metric, a, b in pairs]
         rows.append([arm, *(spread(gain) if gain else '' for gain in gains)])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
@@ -176,15 +179,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arms:
         parser.error(f'{args.logs} has no log; tools/study/run.py makes them')
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.page.exists():
-        before, _, rest = args.page.read_text(encoding='utf-8').partition(START)
-        page = f'{before}{START}\n{table(arms)}\n{differences(arms)}{END}{rest.partition(END)[2]}'
+    page = args.page.read_text(encoding='utf-8') if args.page.exists() else ''
+    for task_name in TASKS:
+        own = arms if task_name == TASKS[0] else read(args.logs / task_name)
+        if own:
+            ours = 'od_k4' if 'od_k4' in own else 'od_k4_ln'
+            tables = f'{table(own)}\n{differences(own, ours)}'
+            page = _put(tables, START.format(task_name), page)
+            print(task_name, tables, sep='\n\n')
+    if page:
         args.page.write_text(page, encoding='utf-8')
     curves(arms, args.out / 'curves.png')
     costs(arms, args.out / 'costs.png')
     if args.data:
         task(args.data, args.out / 'task.jpg')
-    print(table(arms), differences(arms), sep='\n', end='')
+
+
+def _put(tables: str, start: str, page: str) -> str:
+    """The page with these tables after the line ``start``, if it has such a line."""
+    before, found, rest = page.partition(start)
+    return f'{before}{found}\n{tables}{END}{rest.partition(END)[2]}' if found else page
 
 
 if __name__ == '__main__':
