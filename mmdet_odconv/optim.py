@@ -1,5 +1,6 @@
 """Learning rates and weight decays of ODConv's attentions and kernel banks."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,10 +42,12 @@ class ODConvOptimWrapperConstructor:
               'DefaultOptimWrapperConstructor'.
             - ``attention_lr_mult`` (float): Default: 1.
             - ``attention_decay_mult`` (float): Default: 1.
-            - ``bank_lr_mult`` (float | str): A number, or 'compensated'. Under SGD the function
-              of a bank moves a²/K as far as that of one static kernel would, where a is the
-              product of the constant attentions of the 'zero' start; 'compensated' is K/a² for
-              SGD, and 1 for optimizers that normalise their steps. Default: 1.
+            - ``bank_lr_mult`` (float | str): A number, or 'compensated', for banks that start from
+              static weights. Under SGD the function of a bank moves a²/K as far as that of one
+              static kernel would, where a is the product of the constant attentions of the 'zero'
+              start; the compensation is K/a². An optimizer that normalises its steps moves all
+              entries alike, but the kernels of the bank are √(1 + spread²)/a as large as the
+              static one, and this is the compensation. Default: 1.
 
     Raises:
         ValueError: One of them is no number of at least 0, or no other word than 'compensated'.
@@ -113,9 +116,11 @@ class ODConvOptimWrapperConstructor:
     def _bank_factor(self, layer: _ODConvNd, optimizer: Any) -> float:
         if self.bank_lr_mult != 'compensated':
             return float(self.bank_lr_mult)
-        if not isinstance(optimizer, torch.optim.SGD):
-            return 1.0
-        return layer.kernel_num / layer.attention.constant_product() ** 2
+        attention = layer.attention.constant_product()
+        if isinstance(optimizer, torch.optim.SGD):
+            return layer.kernel_num / attention**2
+        spread = layer.spread if layer.kernel_num > 1 else 0.0
+        return math.hypot(1, spread) / attention
 
 
 def _rates(group: dict[str, Any], rate: float, decay_mult: float) -> dict[str, float]:

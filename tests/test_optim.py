@@ -126,9 +126,25 @@ def test_a_compensated_bank_moves_as_the_static_kernel(attention_bias):
     torch.testing.assert_close(layer(x), plain(x))
 
 
-def test_compensation_is_for_sgd_alone():
-    found = rates(Detector(), optimizer='AdamW', bank_lr_mult='compensated')
-    assert found['backbone.0.weight'] == (RATE, DECAY)
+@pytest.mark.parametrize('kernel_num', [1, 4])
+def test_with_adamw_a_compensated_bank_moves_by_its_size(kernel_num):
+    plain = nn.Conv2d(32, 64, 3)
+    layer = ODConv2d.like(plain, kernel_num=kernel_num, spread=0.7)
+    layer.load_state_dict(plain.state_dict())
+    size = (layer.weight.square().mean() / plain.weight.square().mean()).sqrt().item()
+    paramwise = dict(bank_lr_mult='compensated')
+    wrapper = build_optim_wrapper(
+        nn.Sequential(layer),
+        dict(
+            constructor='ODConvOptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=RATE, weight_decay=DECAY),
+            paramwise_cfg=paramwise,
+        ),
+    )
+    (group,) = (g for g in wrapper.optimizer.param_groups if g['params'][0] is layer.weight)
+    assert (group['lr'], group['weight_decay']) == pytest.approx(
+        (RATE * size, DECAY / size), rel=0.01
+    )
 
 
 def test_frozen_parameters_are_left_out():

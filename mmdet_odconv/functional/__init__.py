@@ -15,9 +15,10 @@ from .dispatch import STRATEGIES, check_strategy, record_strategies
 from .formula import mix_kernel_bank, odconv_formula
 from .operator import convolution_dtype, odconv
 from .squeeze import squeeze
-from .static_weight import bank_from_static_weight
+from .static_weight import DEFAULT_SPREAD, bank_from_static_weight
 
 __all__ = [
+    'DEFAULT_SPREAD',
     'STRATEGIES',
     'Attentions',
     'annealed_temperature',

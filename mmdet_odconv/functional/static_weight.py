@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-# Relative to the kernel's size: enough for the kernels to part in training, and small enough that
-# none of them alone is far from the one whose function is known to be good.
-DEFAULT_SPREAD = 0.1
+# The kernels then have a cosine of 1/2 at most, and part further in training (docs/recipes.md).
+DEFAULT_SPREAD = 1.0
 
 
 def bank_from_static_weight(
@@ -26,7 +25,7 @@ def bank_from_static_weight(
         kernel_num (int): K.
         attention (float): a, positive. Default: 1.0.
         spread (float): Standard deviation of ε_j's entries, relative to the root mean square of
-            W / a. Default: 0.1.
+            W / a. Default: 1.0.
         generator (torch.Generator, optional): Source of the ε_j, of the CPU: they are the same
             on every device. Default: PyTorch's own.
 

@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, fx, nn
 
 from ..functional import (
+    DEFAULT_SPREAD,
     Attentions,
     at_least_float32,
     bank_from_static_weight,
@@ -63,6 +64,9 @@ class _ODConvNd(nn.Module):
             K > 1 needs 'kernel'. Default: all four.
         kernel_activation (str): 'softmax' or 'sigmoid', for the kernel attention.
             Default: 'softmax'.
+        spread (float): How far apart the kernels of the bank lie after static weights are loaded:
+            the standard deviation of what sets each of them apart, relative to the size of the
+            static kernel. The function does not depend on it. Default: 1.0.
         strategy (str): How the convolution is computed, the result being the same: 'auto',
             'benchmark' or a name (:func:`~mmdet_odconv.functional.odconv`). Default: 'auto'.
 
@@ -104,6 +108,7 @@ class _ODConvNd(nn.Module):
         attention_bias: float = 2.2,
         attentions: Sequence[str] = Attentions._fields,
         kernel_activation: str = 'softmax',
+        spread: float = DEFAULT_SPREAD,
         strategy: str = 'auto',
     ) -> None:
         super().__init__()
@@ -118,6 +123,7 @@ class _ODConvNd(nn.Module):
         self.groups = groups
         self.padding_mode = padding_mode
         self.kernel_num = kernel_num
+        self.spread = spread
         self.strategy = strategy
         self._check_arguments()
 
@@ -304,7 +310,7 @@ class _ODConvNd(nn.Module):
         """
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         wide = weight.detach().to(at_least_float32(self.weight.dtype))
-        bank = bank_from_static_weight(wide, self.kernel_num, attention, generator=generator)
+        bank = bank_from_static_weight(wide, self.kernel_num, attention, self.spread, generator)
         return bank.to(self.weight.dtype)
 
     def _reset_bank(self) -> None:
@@ -350,6 +356,8 @@ class _ODConvNd(nn.Module):
                 raise ValueError(f"padding must be 'same', 'valid' or int(s), got {self.padding!r}")
             if self.padding == 'same' and any(s != 1 for s in self.stride):
                 raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
+        if not self.spread >= 0:
+            raise ValueError(f'spread must not be negative, got {self.spread}')
         check_strategy(self.strategy, self.kernel_num)
         modes = ('zeros', 'reflect', 'replicate', 'circular')
         if self.padding_mode not in modes:

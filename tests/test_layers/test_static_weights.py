@@ -35,6 +35,7 @@ OPTIONS = {
     'published': dict(attention_init='published'),
     'layer_norm': dict(norm_cfg=dict(type='LN')),
     'no_norm': dict(norm_cfg=None),
+    'no_spread': dict(spread=0.0),
 }
 CONV = ('in_channels', 'out_channels', 'kernel_size', 'groups', 'bias', 'padding', 'padding_mode')
 
@@ -255,3 +256,15 @@ def test_a_static_detector_gives_the_same_boxes_in_float32(detectors):
     batch = demo_mm_inputs(2, [[3, 96, 96], [3, 64, 80]], num_classes=5)
     static, dynamic = (copy.deepcopy(model).float() for model in detectors)
     assert_same_predictions(predict(dynamic, batch), predict(static, batch), score_atol=1e-4)
+
+
+@pytest.mark.parametrize('spread', [0.0, 0.3, 2.0])
+def test_the_spread_sets_the_kernels_apart_and_leaves_the_function(spread):
+    plain, layer = pair(spread=spread, out_channels=64)
+    layer.load_state_dict(plain.state_dict())
+    x = sample()
+    assert relative_error(layer(x), plain(x)) < 1e-12
+    apart = layer.weight - layer.weight.mean(0)
+    assert (apart.std() / layer.weight.mean(0).square().mean().sqrt()).item() == pytest.approx(
+        spread, rel=0.05
+    )
