@@ -4,7 +4,11 @@ from .attention import ODConvAttention, set_temperature
 from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
 
+# All layers that have a bank of kernels.
+DYNAMIC_TYPES = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d)
+
 __all__ = [
+    'DYNAMIC_TYPES',
     'CondConv2d',
     'DyConv2d',
     'ODConv1d',
