@@ -46,10 +46,10 @@ $(DOCS_READY): $(READY) requirements/docs.txt
 	touch $@
 
 docs: $(DOCS_READY)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(DOCS_READY)
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 docs-check: $(READY)
 	DOCS_CHECK=whole $(BIN)/python -m pytest -n0 tests/test_docs.py

@@ -2,7 +2,7 @@
 
 - Files of the repository that are pages too (the changelog, how to contribute, the configs) are
   read from where they are, and links between them and the folder docs lead to the pages.
-- Sphinx' roles in docstrings, such as ``:func:`x```, become links that mkdocstrings understands.
+- Docstrings are brought into the form that mkdocstrings reads.
 """
 
 import re
@@ -21,6 +21,12 @@ PAGES = {
     'contributing.md': 'CONTRIBUTING.md',
 }
 _LINK = re.compile(r'\]\(([^)#\s]+)(#[^)\s]*)?\)')
+# Several names before one description, and the description with its further lines.
+_TOGETHER = re.compile(
+    r'^(?P<indent> +)(?P<names>(?:\*{0,2}\w+,\s+)+\*{0,2}\w+)(?P<rest>(?: \([^)\n]*\))?: .*'
+    r'(?:\n(?P=indent) +.*)*)$',
+    re.MULTILINE,
+)
 _ROLE = re.compile(r':\w+:`~?([^`]+)`')
 
 
@@ -51,17 +57,30 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **kwargs: Any) -> s
     return _LINK.sub(replaced, markdown)
 
 
-class SphinxRoles(griffe.Extension):
-    """Turns Sphinx' roles into links of mkdocstrings, and ``::`` before code into a colon."""
+class Docstrings(griffe.Extension):
+    """Brings the docstrings into the form that mkdocstrings reads.
+
+    Sphinx' roles become links, where the page ``api.md`` has what they name, or else code. ``::``
+    before code becomes a colon, and arguments that are described together get a line each.
+    """
+
+    def __init__(self) -> None:
+        text = (ROOT / 'docs/api.md').read_text()
+        self.documented = set(re.findall(r'^::: (\S+)$', text, re.MULTILINE))
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of each object that has one."""
         if obj.docstring is not None:
-            text = _ROLE.sub(_link, obj.docstring.value)
-            obj.docstring.value = re.sub(r'::$', ':', text, flags=re.MULTILINE)
+            text = _ROLE.sub(self._link, obj.docstring.value)
+            text = re.sub(r'::$', ':', text, flags=re.MULTILINE)
+            obj.docstring.value = _TOGETHER.sub(_one_by_one, text)
+
+    def _link(self, match: re.Match[str]) -> str:
+        path = match[1].rstrip('()')
+        name = path.rpartition('.')[2]
+        return f'[`{name}`][{path}]' if path in self.documented else f'`{name}`'
 
 
-def _link(match: re.Match[str]) -> str:
-    """The name that a role shows, as code; where it has its full path, as a link to it."""
-    path = match[1].rstrip('()')
-    return f'[`{path.rpartition(".")[2]}`][{path}]' if path.count('.') else f'`{path}`'
+def _one_by_one(match: re.Match[str]) -> str:
+    names = re.split(r',\s+', match['names'])
+    return '\n'.join(f'{match["indent"]}{name}{match["rest"]}' for name in names)
