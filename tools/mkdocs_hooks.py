@@ -75,6 +75,12 @@ class Docstrings(griffe.Extension):
             text = re.sub(r'::$', ':', text, flags=re.MULTILINE)
             obj.docstring.value = _TOGETHER.sub(_one_by_one, text)
 
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Give the layers the docstring that they share at run time."""
+        base = pkg['layers.odconv._ODConvNd']
+        for dimensions in (1, 2, 3):
+            pkg[f'layers.odconv.ODConv{dimensions}d'].docstring = base.docstring
+
     def _link(self, match: re.Match[str]) -> str:
         path = match[1].rstrip('()')
         name = path.rpartition('.')[2]
