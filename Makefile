@@ -6,6 +6,8 @@
 #   make study      the tables and figures of docs/study.md, from the logs of its runs
 #   make study-run  train the runs that have no log yet: hours
 #   make road       pretrain a small backbone as a classifier, and train a detector from it
+#   make docs   the documentation, as a site in site/; docs-serve shows it while you write
+#   make docs-check  runs the code of the documentation, the whole tutorial too: a quarter of an hour
 #   make cuda   the tests and the benchmark on a GPU, written to work_dirs/benchmark_cuda*.json
 #   make clean  remove what the above made, the virtual environment included
 
@@ -26,7 +28,10 @@ DEMO_CONFIG := configs/odconv/retinanet_od_r18_shapes.py
 DEMO_DIR := work_dirs/demo
 DEMO_DATA := data/shapes
 
-.PHONY: demo test lint cuda study study-run road pretrain-and-detect clean setup
+DOCS_READY := $(VENV)/.docs-ready
+
+.PHONY: demo test lint docs docs-serve docs-check cuda study study-run road pretrain-and-detect \
+    clean setup
 
 setup: $(READY)
 
@@ -41,6 +46,19 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(DOCS_READY): $(READY) requirements/docs.txt
+	$(BIN)/python -m pip install --quiet -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+docs-check: $(READY)
+	DOCS_CHECK=whole $(BIN)/python -m pytest -n0 tests/test_docs.py
 
 study: $(READY)
 	$(BIN)/python tools/study/table.py
@@ -82,4 +100,4 @@ demo: $(READY)
 	@echo "Detections: $(DEMO_DIR)/detections/*.png"
 
 clean:
-	rm -rf '$(VENV)' work_dirs data/shapes build *.egg-info mmdet_odconv/.mim
+	rm -rf '$(VENV)' work_dirs data/shapes build site *.egg-info mmdet_odconv/.mim

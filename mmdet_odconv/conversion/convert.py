@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ODConv1d, ODConv2d, ODConv3d
+from ..deployment import keep_fuse_methods_right
+from ..layers import DYNAMIC_TYPES, ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
 from .rules import REPLACEABLE, blocking_reason, default_exclusion, serves_several_levels
 from .selection import Patterns, Selection
-from .site import DYNAMIC_TYPES, Site, find_convolutions
+from .site import Site, find_convolutions
 
 # What PyTorch keeps of a module's hooks; those on its state dict belong to the static weight.
 _HOOKS = (
@@ -56,6 +57,9 @@ def convert_to_odconv(
     pattern of ``include`` asks for them: one that is found in the convolution's name but not in
     the name of the backbone, head or block that it belongs to. 'downsample' asks for shortcuts,
     'retina_cls' for a prediction layer; 'backbone' and '.*' ask for neither.
+
+    A method ``fuse`` of the model, as Ultralytics' models have, still folds norms rightly
+    (:func:`~mmdet_odconv.deployment.keep_fuse_methods_right`).
 
     Convert before an optimizer is built, which holds the parameters that it was given.
 
@@ -117,6 +121,7 @@ def convert_to_odconv(
     _replace(model, layers)
     keep_initialisation(model)
     _warn_of_shared_norms(layers, convolutions)
+    keep_fuse_methods_right(model)
     return ConversionReport(converted, kept, before, _count_parameters(model))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .site import DYNAMIC_TYPES
+from ..layers import DYNAMIC_TYPES
 
 
 class InitWeights:

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from .site import CONV_TYPES, DEFORMABLE_TYPES, DYNAMIC_TYPES, Site
+from ..layers import DYNAMIC_TYPES
+from .site import CONV_TYPES, DEFORMABLE_TYPES, Site
 
 # Plain convolutions that can be replaced, with their numbers of dimensions.
 REPLACEABLE: dict[type[nn.Module], int] = {
@@ -25,6 +26,9 @@ REPLACEABLE: dict[type[nn.Module], int] = {
     WrappedConv2d: 2,
     WrappedConv3d: 3,
 }
+
+# Methods by which blocks like RepVGG's merge their branches: OpenMMLab's, Ultralytics', YOLOv7's.
+_MERGING_METHODS = ('switch_to_deploy', 'fuse_convs', 'fuse_repvgg_block')
 
 _SHORTCUTS = ('downsample', 'shortcut', 'identity', 'skip')
 # Modules, or those of their children whose names start so, that see a mean over all positions.
@@ -129,10 +133,16 @@ def _weight_is_read(site: Site) -> bool:
 def _merges_branches(module: nn.Module) -> bool:
     """Whether a block merges its own convolutions into one for deployment, as RepVGG's does.
 
-    The backbones of such blocks have a method of the same name, which calls those of the blocks.
+    The backbones of such blocks may have a method of the same name, which calls those of the
+    blocks. A block of which both the whole (`fuse`) and the forward pass after it
+    (`forward_fuse`) are methods merges its branches too; Ultralytics' RepVGGDW is one.
     """
-    return hasattr(module, 'switch_to_deploy') and not any(
-        hasattr(below, 'switch_to_deploy') for below in module.modules() if below is not module
+    if hasattr(module, 'fuse') and hasattr(module, 'forward_fuse'):
+        return True
+    below = [child for child in module.modules() if child is not module]
+    return any(
+        hasattr(module, method) and not any(hasattr(child, method) for child in below)
+        for method in _MERGING_METHODS
     )
 
 

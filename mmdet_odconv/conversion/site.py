@@ -6,9 +6,8 @@ from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..layers import CondConv2d, DyConv2d, ODConv1d, ODConv2d, ODConv3d
+from ..layers import DYNAMIC_TYPES
 
-DYNAMIC_TYPES = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d)
 DEFORMABLE_TYPES = (DeformConv2d, ModulatedDeformConv2d)
 CONV_TYPES = (_ConvNd, *DEFORMABLE_TYPES, *DYNAMIC_TYPES)
 

@@ -1,13 +1,14 @@
 """Folds the BatchNorms of a model in evaluation mode into what comes before them."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..conversion.site import DYNAMIC_TYPES
-from ..layers import ODConvAttention
+from ..layers import DYNAMIC_TYPES, ODConvAttention
 from .execution import directly_following
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d)
@@ -18,7 +19,9 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
 
     A norm that follows an ODConv goes into its bank and a static bias, one that follows a plain
     convolution into its weight and bias, and the attentions' own norms into their ``fc``. In the
-    place of each is then an ``nn.Identity``. The outputs stay the same up to rounding.
+    place of each is then an ``nn.Identity``. A block with a method ``forward_fuse``, such as
+    Ultralytics' ``Conv``, loses its norm instead, and has that method for its forward pass. The
+    outputs stay the same up to rounding.
 
     Left alone are norms in training mode, norms without running statistics, and whatever may
     have another reader: convolutions and norms that stand at several places or have hooks, and
@@ -35,9 +38,10 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
         conv: Any = parent.get_submodule(conv_name)
         norm = parent.get_submodule(norm_name)
         if type(conv) in (*DYNAMIC_TYPES, *_PLAIN) and _is_constant(norm, conv.out_channels):
-            _fold(norm, conv, dim=1 if isinstance(conv, DYNAMIC_TYPES) else 0)
             if isinstance(conv, DYNAMIC_TYPES):
-                conv.has_bias = True
+                _fold_into_bank(norm, conv)
+            else:
+                _fold(norm, conv, dim=0)
             _replace(parent, norm_name)
     for module in model.modules():
         if (
@@ -47,7 +51,63 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
         ):
             _fold(module.bn, module.fc, 0)
             module.bn = nn.Identity()
+    _fuse_blocks(model)
     return model
+
+
+def keep_fuse_methods_right(model: nn.Module) -> None:
+    """Let the methods ``fuse`` of a model fold norms into its dynamic layers as they must be.
+
+    The models of Ultralytics, YOLOv5 and YOLOv7 have such a method, and call it themselves before
+    validation and prediction. It takes the weight of a block's convolution for one kernel, which
+    a bank is not. Each module with a ``fuse`` above such a block gets one of its own: it first
+    folds the norms of the blocks with dynamic layers, and then calls that of its class, for which
+    these blocks are fused already. Copies and pickles of the model keep it.
+
+    :func:`~mmdet_odconv.convert_to_odconv` calls this. Call it yourself where you built a model
+    with ODConv layers by hand.
+
+    Args:
+        model (nn.Module): Any module.
+    """
+    for module in model.modules():
+        if callable(getattr(type(module), 'fuse', None)) and any(_unfused_blocks(module)):
+            own: Any = module
+            own.fuse = partial(_fuse, module)
+
+
+def _fuse(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    _fuse_blocks(model)
+    kind: Any = type(model)
+    return kind.fuse(model, *args, **kwargs)
+
+
+def _fuse_blocks(model: nn.Module) -> None:
+    """Fold the norms of blocks that would fold them into a dynamic layer themselves."""
+    for block in list(_unfused_blocks(model)):
+        if not isinstance(block.bn, nn.Identity):
+            _fold_into_bank(block.bn, block.conv)
+        del block.bn
+        block.forward = block.forward_fuse
+
+
+def _unfused_blocks(model: nn.Module) -> Iterator[Any]:
+    """Blocks of convolution, norm and activation whose fused form is a method ``forward_fuse``.
+
+    Those whose norm is folded already count too, whatever their convolution.
+    """
+    for block in model.modules():
+        children = block._modules
+        conv, norm = children.get('conv'), children.get('bn')
+        if hasattr(block, 'forward_fuse') and (
+            isinstance(norm, nn.Identity)
+            or (
+                type(conv) in DYNAMIC_TYPES
+                and isinstance(norm, _BatchNorm)
+                and norm.running_mean is not None
+            )
+        ):
+            yield block
 
 
 def _is_constant(norm: Any, channels: int) -> bool:
@@ -59,6 +119,11 @@ def _is_constant(norm: Any, channels: int) -> bool:
         and norm.running_mean is not None
         and norm.num_features == channels
     )
+
+
+def _fold_into_bank(norm: Any, layer: Any) -> None:
+    layer.has_bias = True
+    _fold(norm, layer, dim=1)
 
 
 def _fold(norm: Any, layer: Any, dim: int) -> None:

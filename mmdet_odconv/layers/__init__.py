@@ -5,7 +5,11 @@ from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
 from .valid_pooling import use_valid_pooling
 
+# All layers that have a bank of kernels.
+DYNAMIC_TYPES = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d)
+
 __all__ = [
+    'DYNAMIC_TYPES',
     'CondConv2d',
     'DyConv2d',
     'ODConv1d',

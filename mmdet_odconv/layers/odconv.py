@@ -213,12 +213,6 @@ class _ODConvNd(nn.Module):
                 f'{type(self).__name__} expects {self.in_channels} input channels, '
                 f'got {x.shape[1]} (shape {tuple(x.shape)})'
             )
-        if self.bias is not None and not self.has_bias:
-            raise RuntimeError(
-                f'this {type(self).__name__} was built without a bias and has one now: a norm was '
-                'fused into it as into a plain convolution, which changes what it computes; use '
-                'mmdet_odconv.fuse_odconv_bn'
-            )
         convolution_dtype(x, self.weight)  # refuses a wrong type before a norm sees the batch
         average = None if self.valid_sizes is None else self.valid_sizes.average(x)
         if average is None:
@@ -247,7 +241,24 @@ class _ODConvNd(nn.Module):
                 f'an {type(self).__name__} has another kernel for each sample; turn that option '
                 'of the ConvModule off'
             )
+        if (
+            name == 'weight'
+            and isinstance(value, Tensor)
+            and value.dim() == self.ndim + 3  # a shard has fewer
+            and len(value) != self.kernel_num
+        ):
+            raise RuntimeError(
+                self._fused_as_plain(f'has K={self.kernel_num} and would get {len(value)} kernels')
+            )
+        if name == 'bias' and value is not None and not self.has_bias:
+            raise RuntimeError(self._fused_as_plain('was built without a bias and would get one'))
         super().__setattr__(name, value)
+
+    def _fused_as_plain(self, what: str) -> str:
+        return (
+            f'this {type(self).__name__} {what}: fusing a norm into it as into a plain convolution '
+            'changes what it computes; use mmdet_odconv.fuse_odconv_bn'
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         shape = self.weight.shape

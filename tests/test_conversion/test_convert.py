@@ -326,6 +326,18 @@ def test_blocks_that_merge_their_branches_for_deployment_keep_them():
     model.backbone.switch_to_deploy()
 
 
+@pytest.mark.parametrize(
+    'methods', [['fuse_convs'], ['fuse_repvgg_block'], ['fuse', 'forward_fuse']]
+)
+def test_merging_blocks_of_other_libraries_keep_their_branches(methods):
+    block = type('Block', (nn.Sequential,), dict.fromkeys(methods, nn.Sequential.forward))
+    whole = type('Whole', (nn.Sequential,), {'fuse': nn.Sequential.forward})
+    model = whole(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), block(nn.Conv2d(4, 4, 3)))
+    report = convert_to_odconv(model, include='.*')
+    assert report.converted == ['1']
+    assert reason(report, '2.0') == 'weight read by its parent'
+
+
 @pytest.mark.parametrize('when', ['built', 'converted'])
 def test_the_fast_evaluation_of_conv_module_says_that_it_cannot_be_used(when):
     norm_cfg = dict(type='BN')

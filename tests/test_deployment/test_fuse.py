@@ -1,6 +1,8 @@
 """fuse_odconv_bn: the same outputs with fewer norms, and hands off what it cannot follow."""
 
 import copy
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmdet_odconv import (
     ODConv1d,
@@ -21,8 +24,10 @@ from mmdet_odconv import (
     ODResNet,
     ODResNetV1d,
     ODResNeXt,
+    convert_to_odconv,
     fuse_odconv_bn,
 )
+from mmdet_odconv.deployment import keep_fuse_methods_right
 from tests.conftest import ROOT
 from tests.reference import randomise, relative_error
 
@@ -322,3 +327,115 @@ def test_parameters_and_statistics_of_any_size():
     layer = nn.Sequential(ODConv2d(4, 6, 3, kernel_num=3), nn.BatchNorm2d(6)).double().eval()
     randomise(layer)
     check(layer, X[2], bound=1e-10)
+
+
+def fuse_conv_and_bn(conv, norm):
+    """What Ultralytics' function of this name does."""
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        *(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps),
+        *(norm.weight, norm.bias),
+    )
+    return conv.requires_grad_(False)
+
+
+class UltralyticsConv(nn.Module):
+    """A stand-in for Ultralytics' block of this kind."""
+
+    def __init__(self, in_channels, out_channels, stride=1, conv=nn.Conv2d):
+        super().__init__()
+        self.conv = conv(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+    def forward_fuse(self, x):
+        return self.act(self.conv(x))
+
+
+class UltralyticsModel(nn.Module):
+    """A stand-in for Ultralytics' model, which fuses its blocks before validation."""
+
+    def __init__(self, conv=nn.Conv2d):
+        super().__init__()
+        self.model = nn.Sequential(
+            UltralyticsConv(3, 8), UltralyticsConv(8, 32, 2, conv), UltralyticsConv(32, 4, 1, conv)
+        )
+
+    def forward(self, x):
+        return self.model(x)
+
+    def fuse(self, verbose=True):
+        for block in self.model.modules():
+            if isinstance(block, UltralyticsConv) and hasattr(block, 'bn'):
+                block.conv = fuse_conv_and_bn(block.conv, block.bn)
+                del block.bn
+                block.forward = block.forward_fuse
+        return self, verbose
+
+
+def check_fuse_method(model):
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    prepare(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert model.fuse(verbose=False) == (model, False)
+        assert all('.attention.' in name for name in norms(model))
+        assert relative_error(model(x), expected) < 1e-12
+
+
+# 32 and 4 are the numbers of output channels, for which nothing would raise.
+@pytest.mark.parametrize('kernel_num', [1, 2, 4, 32])
+def test_a_fuse_method_of_a_converted_model_is_right(kernel_num):
+    model = UltralyticsModel()
+    assert len(convert_to_odconv(model, kernel_num, include='.*').converted) == 2
+    copied = copy.deepcopy(model)
+    pickled = pickle.loads(pickle.dumps(model))
+    for variant in (model, copied, pickled):
+        check_fuse_method(variant)
+
+
+def test_a_fuse_method_of_a_model_built_by_hand_can_be_made_right():
+    model = UltralyticsModel(ODConv2d)
+    keep_fuse_methods_right(model)
+    check_fuse_method(model)
+
+
+def test_a_fuse_method_finds_nothing_left_after_fuse_odconv_bn():
+    model = UltralyticsModel(ODConv2d)
+    prepare(model)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        fuse_odconv_bn(model).fuse()
+        assert not norms(model)
+        assert relative_error(model(x), expected) < 1e-12
+
+
+def test_a_converted_model_trains_until_it_is_fused():
+    model = UltralyticsModel()
+    convert_to_odconv(model, include='.*')
+    model.train()(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert model.model[1].bn.weight.grad is not None
+
+
+@pytest.mark.parametrize('kernel_num', [1, 32])
+def test_fusing_an_odconv_as_a_plain_convolution_is_refused(kernel_num):
+    block = UltralyticsConv(8, 32, conv=partial(ODConv2d, kernel_num=kernel_num)).eval()
+    with pytest.raises(RuntimeError, match=r'use mmdet_odconv\.fuse_odconv_bn'):
+        fuse_conv_and_bn(block.conv, block.bn)
+
+
+def test_ultralytics_itself():
+    tasks = pytest.importorskip('ultralytics.nn.tasks', reason='ultralytics is not installed')
+    model = tasks.DetectionModel('yolo11n.yaml', nc=2, verbose=False)
+    report = convert_to_odconv(model, include=r'^model\.\d\.')
+    assert len(report.converted) > 20
+    prepare(model)
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = flat(list(model(x)[:1]))
+        model.fuse(verbose=False)
+        assert not [name for name in norms(model) if '.attention.' not in name]
+        assert relative_error(flat(list(model(x)[:1]))[0], expected[0]) < 1e-12

@@ -1,0 +1,133 @@
+"""The code of the documentation, run as it is written.
+
+The blocks of a page run in their order, in one process and one folder with the repository's configs
+and tools in it. A block with ``title="x.py"`` is written to that file, and read as a config if it
+has a ``_base_``. A comment above a block can say why it does not run, ``<!-- not run: reason -->``,
+or which packages it needs, ``<!-- needs: onnx, onnxscript -->``.
+
+``make docs-check`` follows the tutorial as it is written, which takes minutes. Otherwise it is
+followed on fewer images for one epoch.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+# Pages whose commands take hours or need data sets; their figures say with which they were made.
+NOT_RUN = {'analysis.md', 'own_data.md', 'performance.md', 'recipes.md', 'study.md', 'zoo.md'}
+PAGES = sorted(p.name for p in (ROOT / 'docs').glob('*.md') if p.name not in NOT_RUN)
+TUTORIAL = 'tutorial.md'
+# The tutorial for those who do not wait.
+SHORT = {
+    '--train 250': '--train 10',
+    'max_epochs=6': 'max_epochs=1',
+    'epoch_6.pth': 'epoch_1.pth',
+}
+BLOCK = re.compile(
+    r'(?:<!-- (?P<mark>not run|needs): (?P<what>.+?) -->\n)?'
+    r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```$',
+    re.DOTALL | re.MULTILINE,
+)
+
+
+class Block(NamedTuple):
+    language: str
+    title: str | None
+    code: str
+
+
+def blocks(page):
+    """The blocks of a page that can run here, and the reasons why others do not."""
+    run, left = [], []
+    for match in BLOCK.finditer((ROOT / 'docs' / page).read_text()):
+        block = Block(match['language'], match['title'], match['code'])
+        if block.language not in ('python', 'shell'):
+            continue
+        missing = []
+        if match['mark'] == 'needs':
+            missing = [n for n in re.split(r',\s*', match['what']) if find_spec(n) is None]
+        if match['mark'] == 'not run':
+            left.append(match['what'])
+        elif missing:
+            left.append(f'not installed: {", ".join(missing)}')
+        else:
+            run.append(block)
+    return run, left
+
+
+def run(command, folder, **kwargs):
+    path = f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PATH': path, 'PYTHONPATH': str(ROOT)},
+        **kwargs,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ('configs', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', [page for page in PAGES if page != TUTORIAL])
+def test_the_code_of_a_page_runs(page, folder):
+    code, left = blocks(page)
+    print(*left, sep='\n')
+    if not code:
+        pytest.skip('; '.join(left) or 'the page has no code')
+    script = ['import mmdet_odconv', 'from mmengine.config import Config']
+    for block in code:
+        assert block.language == 'python', f'{page}: say why this is not run:\n{block.code}'
+        if block.title:
+            (folder / block.title).write_text(block.code)
+            if '_base_' in block.code:
+                script.append(f'assert Config.fromfile({block.title!r}).model')
+        else:
+            script.append(block.code)
+    (folder / 'page.py').write_text('\n'.join(script))
+    run([sys.executable, 'page.py'], folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_tutorial(folder):
+    whole = os.environ.get('DOCS_CHECK') == 'whole'
+    output = ''
+    for block in blocks(TUTORIAL)[0]:
+        code = block.code
+        for long, short in {} if whole else SHORT.items():
+            code = code.replace(long, short)
+        if block.title:
+            (folder / block.title).write_text(code)
+        else:
+            assert block.language == 'shell'
+            output += run(['bash', '-e', '-c', code], folder)
+    ap = float(re.findall(r'coco/bbox_mAP: (\S+)', output)[-1])
+    assert len(list((folder / 'detections').glob('*.png'))) == 6
+    assert (folder / 'detector.onnx').is_file()
+    if whole:
+        assert ap > 0.3
+
+
+def test_every_page_is_in_the_navigation():
+    # MkDocs has tags of its own in this file, which are not needed here.
+    text = re.sub(r'!!\S+', '', (ROOT / 'mkdocs.yml').read_text())
+    pages = re.findall(r'[\w/]+\.md', str(yaml.safe_load(text)['nav']))
+    assert len(pages) == len(set(pages))
+    assert set(PAGES) <= set(pages)

@@ -1,0 +1,92 @@
+"""What MkDocs cannot do by its own settings for the documentation of this package.
+
+- Files of the repository that are pages too (the changelog, how to contribute, the configs) are
+  read from where they are, and links between them and the folder docs lead to the pages.
+- Docstrings are brought into the form that mkdocstrings reads.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+# Pages made of files outside of docs.
+PAGES = {
+    'changelog.md': 'CHANGELOG.md',
+    'configs.md': 'configs/odconv/README.md',
+    'contributing.md': 'CONTRIBUTING.md',
+}
+_LINK = re.compile(r'\]\(([^)#\s]+)(#[^)\s]*)?\)')
+# Several names before one description, and the description with its further lines.
+_TOGETHER = re.compile(
+    r'^(?P<indent> +)(?P<names>(?:\*{0,2}\w+,\s+)+\*{0,2}\w+)(?P<rest>(?: \([^)\n]*\))?: .*'
+    r'(?:\n(?P=indent) +.*)*)$',
+    re.MULTILINE,
+)
+_ROLE = re.compile(r':\w+:`~?([^`]+)`')
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made of other files of the repository."""
+    for page, path in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, files: Files, **kwargs: Any) -> str:
+    """Let links to files of the repository lead to their pages, if they have one."""
+    folder = (ROOT / PAGES.get(page.file.src_uri, f'docs/{page.file.src_uri}')).parent
+    pages = {(ROOT / path).resolve(): name for name, path in PAGES.items()}
+    pages |= {path: path.name for path in (ROOT / 'docs').glob('*.md')}
+    pages[ROOT / 'README.md'] = 'index.md'
+
+    def replaced(match: re.Match[str]) -> str:
+        target = (folder / match[1]).resolve()
+        if target in pages:
+            # The sections of the README are other pages here.
+            anchor = '' if target.name == 'README.md' else match[2] or ''
+            return f']({pages[target]}{anchor})'
+        if ROOT in target.parents and target.exists() and ROOT / 'docs' not in target.parents:
+            return f'] (`{target.relative_to(ROOT)}`)'
+        return match[0]
+
+    return _LINK.sub(replaced, markdown)
+
+
+class Docstrings(griffe.Extension):
+    """Brings the docstrings into the form that mkdocstrings reads.
+
+    Sphinx' roles become links, where the page ``api.md`` has what they name, or else code. ``::``
+    before code becomes a colon, and arguments that are described together get a line each.
+    """
+
+    def __init__(self) -> None:
+        text = (ROOT / 'docs/api.md').read_text()
+        self.documented = set(re.findall(r'^::: (\S+)$', text, re.MULTILINE))
+
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Rewrite the docstring of each object that has one."""
+        if obj.docstring is not None:
+            text = _ROLE.sub(self._link, obj.docstring.value)
+            text = re.sub(r'::$', ':', text, flags=re.MULTILINE)
+            obj.docstring.value = _TOGETHER.sub(_one_by_one, text)
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Give the layers the docstring that they share at run time."""
+        base = pkg['layers.odconv._ODConvNd']
+        for dimensions in (1, 2, 3):
+            pkg[f'layers.odconv.ODConv{dimensions}d'].docstring = base.docstring
+
+    def _link(self, match: re.Match[str]) -> str:
+        path = match[1].rstrip('()')
+        name = path.rpartition('.')[2]
+        return f'[`{name}`][{path}]' if path in self.documented else f'`{name}`'
+
+
+def _one_by_one(match: re.Match[str]) -> str:
+    names = re.split(r',\s+', match['names'])
+    return '\n'.join(f'{match["indent"]}{name}{match["rest"]}' for name in names)
