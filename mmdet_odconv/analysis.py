@@ -4,7 +4,7 @@ docs/analysis.md says what each number means and what is usual.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -241,6 +241,32 @@ def static_attentions(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def share_by_class(values: Tensor, classes: Sequence[str]) -> float | None:
+    """How much of the variance of an attention goes with the class of the image.
+
+    It is the variance between the means of the classes over all of the variance, corrected for
+    what as many random groups would have (ε² of an analysis of variance).
+
+    Args:
+        values (Tensor): The attention of each image, shape (N, n).
+        classes (Sequence[str]): The class of each image.
+
+    Returns:
+        float, optional: 1 where the images of a class have the same attention, about 0 (it may be
+        negative) where the class does not matter. None where it cannot be told: of a single
+        class, of as many classes as images, or of attentions that do not vary.
+    """
+    number, groups = len(classes), len(set(classes))
+    total = (values - values.mean(0)).square().sum()
+    if not 1 < groups < number or total / values.numel() < 1e-12:
+        return None
+    within = torch.zeros_like(total)
+    for name in set(classes):
+        rows = values[torch.tensor([other == name for other in classes])]
+        within += (rows - rows.mean(0)).square().sum()
+    return 1 - (within / (number - groups) / (total / (number - 1))).item()
 
 
 def kernel_similarity(layer: _ODConvNd) -> float | None:
