@@ -416,11 +416,9 @@ def main() -> None:
     cli.require_file(args.checkpoint, 'checkpoint')
     # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
     model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})
+    cli.require_odconv_layers(model, args.config)
     cli.require_weights(model, args.checkpoint)
-    try:
-        pictures, layers = look(model, config, paths, args.score_thr)
-    except ValueError as error:
-        raise SystemExit(f'{args.config}: {error}') from error
+    pictures, layers = look(model, config, paths, args.score_thr)
     if not layers:
         raise SystemExit(f'{args.config}: the detector uses none of its ODConv layers')
 

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from terminaltables import GithubFlavoredMarkdownTable
 
 from mmdet_odconv import cli
-from mmdet_odconv.analysis import AttentionMeter, odconv_layers, static_attentions, unwrapped
+from mmdet_odconv.analysis import AttentionMeter, static_attentions, unwrapped
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +47,16 @@ def metric_of(metrics: dict[str, float], name: str | None) -> str:
 
 
 def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
-    """Test with all layers dynamic, with each static, with all static, and report."""
+    """Test with all layers dynamic, with all static, and with each static.
+
+    Args:
+        runner (Runner): A runner that can test.
+        name (str, optional): The metric to compare; None for :func:`metric_of`'s choice.
+        keep_one (bool): Whether to test with each layer dynamic alone, too.
+
+    Returns:
+        dict: What the JSON file holds.
+    """
     meter = AttentionMeter(runner.model)
     with meter:
         metrics = runner.test()
@@ -60,30 +69,31 @@ def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
             return float(runner.test_loop.run()[metric])
 
     dynamic = float(metrics[metric])
-    all_static = test_with(list(means))
+    static = test_with(list(means))
     layers = []
     for layer, record in zip(means, meter.statistics(), strict=True):
-        entry = dict(name=layer, std=record.std, static=test_with([layer]))
-        entry['loss'] = dynamic - entry['static']
+        without = test_with([layer])
+        entry = dict(name=layer, std=record.std, without=without, drop=dynamic - without)
         if keep_one:
             entry['alone'] = test_with([other for other in means if other != layer])
-            entry['gain_alone'] = entry['alone'] - all_static
+            entry['gain'] = entry['alone'] - static
         layers.append(entry)
-    layers.sort(key=lambda entry: entry['loss'], reverse=True)
-    return dict(metric=metric, dynamic=dynamic, static=all_static, layers=layers)
+        runner.logger.info(f'{metric} is {without:.3f} with {layer} static')
+    layers.sort(key=lambda entry: entry['drop'], reverse=True)
+    return dict(metric=metric, dynamic=dynamic, static=static, layers=layers)
 
 
 def table(results: dict) -> str:
-    """The results in Markdown, the layer that pays most first; AP in percent."""
+    """The results in Markdown, the layer that pays most first."""
     keep_one = 'alone' in results['layers'][0]
-    rows = [['layer', 'largest std', 'static', 'loss'] + ['alone', 'gain'] * keep_one]
+    rows = [['layer', 'largest std', 'without it', 'drop'] + ['it alone', 'gain'] * keep_one]
     for entry in results['layers']:
-        keys = ['static', 'loss'] + ['alone', 'gain_alone'] * keep_one
         std = max(entry['std'].values(), default=0)
-        rows.append([entry['name'], f'{std:.3f}', *(f'{100 * entry[key]:.1f}' for key in keys)])
+        keys = ['without', 'drop'] + ['alone', 'gain'] * keep_one
+        rows.append([entry['name'], f'{std:.3f}', *(f'{entry[key]:.3f}' for key in keys)])
     return (
-        f'{results["metric"]} in percent: {100 * results["dynamic"]:.1f} with all layers dynamic, '
-        f'{100 * results["static"]:.1f} with all layers static\n\n'
+        f'{results["metric"]}: {results["dynamic"]:.3f} with all layers dynamic, '
+        f'{results["static"]:.3f} with all layers static\n\n'
         f'{GithubFlavoredMarkdownTable(rows).table}'
     )
 
@@ -96,10 +106,7 @@ def main() -> None:
     cli.require_new_file(args.out, args.force)
     config.load_from, config.resume = args.checkpoint, False
     runner = cli.build_runner(config)
-    try:
-        odconv_layers(runner.model)
-    except ValueError as error:
-        raise SystemExit(f'{args.config}: {error}') from error
+    cli.require_odconv_layers(runner.model, args.config)
     cli.require_weights(unwrapped(runner.model), args.checkpoint)
     results = compare(runner, args.metric, args.keep_one)
     if is_main_process():
