@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import mmcv
-import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
@@ -251,18 +249,6 @@ def find_images(path: str) -> list[Path]:
     if not images:
         raise SystemExit(f'no image ({", ".join(IMAGE_SUFFIXES)}) in {Path(path).absolute()}')
     return images
-
-
-def read_image(path: Path) -> np.ndarray:
-    """The pixels of an image, RGB.
-
-    Raises:
-        SystemExit: The file is no image.
-    """
-    image = mmcv.imread(str(path))
-    if image is None:
-        raise SystemExit(f'cannot be read as an image: {path}')
-    return image[..., ::-1].copy()
 
 
 def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 
 import cv2
+import mmcv
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -109,19 +110,23 @@ def look(
 ) -> tuple[list[Picture], list[Layer]]:
     """Detect in each image, and record the attentions of each layer that is used."""
     visualizer = VISUALIZERS.build(config.visualizer)
-    visualizer.dataset_meta = model.dataset_meta
     classes = model.dataset_meta['classes']
+    # The config's palette is that of its data set, which can have fewer classes.
+    visualizer.dataset_meta = dict(classes=classes, palette='random')
     pictures, attentions = [], []
     whole = AttentionMeter(model)
     for path in paths:
-        image = cli.read_image(path)
+        image = mmcv.imread(str(path))
+        if image is None:
+            raise SystemExit(f'cannot be read as an image: {path}')
         with whole, AttentionMeter(model) as meter:
             sample = inference_detector(model, str(path))
         attentions.append(meter.means())
         found = sample.pred_instances
         found = found[found.scores >= score_thr]
         top_class = classes[found.labels[found.scores.argmax()]] if len(found) else NOTHING
-        _, jpeg = cv2.imencode('.jpg', draw(visualizer, image, sample, score_thr)[..., ::-1])
+        drawn = draw(visualizer, mmcv.bgr2rgb(image), sample, score_thr)
+        _, jpeg = cv2.imencode('.jpg', mmcv.rgb2bgr(drawn))
         pictures.append(Picture(path.name, top_class, jpeg.tobytes()))
 
     layers = []
@@ -169,20 +174,21 @@ def plot_attention(name: str, values: Tensor, classes: list[str]) -> bytes:
 
 def plot_overview(layers: list[Layer]) -> bytes:
     """A PNG of the standard deviations of all layers."""
-    figure = Figure(figsize=(8, 3.4), layout='constrained')
+    figure = Figure(figsize=(6.4, 3.4), layout='constrained')
     axes = figure.subplots()
     for name in ATTENTIONS:
         points = [
             (i, layer.statistics.std[name])
-            for i, layer in enumerate(layers)
+            for i, layer in enumerate(layers, 1)
             if name in layer.statistics.std
         ]
         if points:
             axes.plot(*zip(*points, strict=True), marker='o', markersize=4, label=name)
     axes.axhline(DYNAMIC, color='grey', linestyle='--', linewidth=1)
-    axes.set(xlabel='layer, in the order of the table', ylabel='standard deviation')
+    axes.set(xlabel='number of the layer in the table', ylabel='standard deviation')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yscale('symlog', linthresh=DYNAMIC / 10)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 2 * max(DYNAMIC, *(layer.statistics.largest_std for layer in layers)))
     axes.grid(alpha=0.3)
     if axes.lines[:-1]:
         axes.legend()
@@ -201,16 +207,19 @@ def png(figure: Figure) -> bytes:
 
 def summary(layers: list[Layer], pictures: list[Picture], config: str) -> str:
     """The sentence at the top of the page."""
-    number, dynamic = len(layers), sum(layer.is_dynamic for layer in layers)
-    if dynamic == number:
-        verdict = 'every layer is dynamic: its attentions depend on the image'
+    dynamic = sum(layer.is_dynamic for layer in layers)
+    if dynamic == len(layers):
+        verdict = f'all {dynamic} are dynamic, because their attentions depend on the image'
     elif dynamic:
-        verdict = f'{dynamic} of the {number} layers are dynamic, the others treat all images alike'
+        verdict = (
+            f'{dynamic} of the {len(layers)} {"is" if dynamic == 1 else "are"} dynamic, and the '
+            'attentions of the rest hardly depend on the image'
+        )
     else:
-        verdict = 'no layer is dynamic: each treats all images alike, as a plain convolution does'
+        verdict = 'none is dynamic, so each layer computes what a plain convolution does'
     return (
-        f'What the attentions of the {number} ODConv layers of {config} do with {len(pictures)} '
-        f'images: {verdict}.'
+        f'How the attentions of the {len(layers)} ODConv layers of {config} differ over '
+        f'{len(pictures)} images: {verdict}.'
     )
 
 
@@ -224,7 +233,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def table_row(i: int, layer: Layer) -> str:
     record = layer.statistics
-    cells = [f'<th scope="row"><a href="#layer{i}">{escape(record.name)}</a></th>']
+    cells = [f'<td>{i + 1}</td><th scope="row"><a href="#layer{i}">{escape(record.name)}</a></th>']
     for name in ATTENTIONS:
         std = record.std.get(name)
         still = ' class="still"' if std is not None and std < DYNAMIC else ''
@@ -342,8 +351,13 @@ img { max-width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #dde; }
-th:first-child { text-align: left; font-weight: normal; }
 thead th { font-weight: 600; vertical-align: bottom; }
+tbody th { text-align: left; font-weight: normal; }
+@media (max-width: 40rem) {
+  table { font-size: .8rem; }
+  th, td { padding: .2rem .3rem; }
+  tbody th { overflow-wrap: anywhere; min-width: 6.5rem; }
+}
 .still { background: #fde8d8; }
 .figures { display: grid; gap: 1rem; }
 .figures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
@@ -367,7 +381,8 @@ thead th { font-weight: 600; vertical-align: bottom; }
 <p>A layer is dynamic if one of its attentions has a standard deviation over the images of at least
 $least. Cells below that are coloured.</p>
 <div class="wide"><table>
-<thead><tr><th rowspan="2">layer</th><th colspan="4">standard deviation of</th>
+<thead><tr><th rowspan="2">no.</th><th rowspan="2">layer</th>
+<th colspan="4">standard deviation of</th>
 <th rowspan="2">entropy<br>of kernel</th><th rowspan="2">similarity<br>of kernels</th></tr>
 <tr><th>channel</th><th>filter</th><th>spatial</th><th>kernel</th></tr></thead>
 <tbody>$rows</tbody>
@@ -380,7 +395,7 @@ bank. The <b>share by class</b> is how much of an attention's variance goes with
 image's best detection: 1 where it decides, about 0 where it does not matter. <b>Saturated</b> is
 the share of values within 0.01 of 0 or 1.</p></details>
 <h2>All layers</h2>
-<img src="$overview" alt="standard deviations by layer" width="880" height="374">
+<img src="$overview" alt="standard deviations by layer" width="704" height="374">
 <h2>Images</h2>
 <div class="gallery">$gallery</div>
 $layers
