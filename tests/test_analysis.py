@@ -10,6 +10,7 @@ from mmdet_odconv.analysis import (
     AttentionMeter,
     attention_statistics,
     kernel_similarity,
+    share_by_class,
     static_attentions,
 )
 
@@ -103,6 +104,18 @@ def test_similarity_of_the_kernels():
     assert kernel_similarity(layer) == pytest.approx(1 / 3)  # of three pairs one is the same
     layer.weight.data = first.expand(3, 4).view_as(layer.weight).clone()
     assert kernel_similarity(layer) == pytest.approx(1)
+
+
+def test_share_of_the_variance_by_class():
+    classes = ['a', 'b', 'c', 'd'] * 50
+    of_class = torch.randn(4, 6).repeat(50, 1)
+    noise = torch.randn(200, 6)
+    assert share_by_class(of_class, classes) == pytest.approx(1)
+    assert share_by_class(noise, classes) == pytest.approx(0, abs=0.03)
+    assert 0.2 < share_by_class(of_class + noise, classes) < 0.8
+    assert share_by_class(noise, ['a'] * 200) is None
+    assert share_by_class(noise, [str(i) for i in range(200)]) is None
+    assert share_by_class(torch.full((200, 6), 0.9), classes) is None
 
 
 def test_layers_have_the_names_of_the_model_and_unused_ones_are_left_out():
