@@ -19,7 +19,7 @@ from .checkpoint import (  # noqa: E402
 )
 from .conversion import convert_to_odconv  # noqa: E402
 from .deployment import fuse_odconv_bn  # noqa: E402
-from .hooks import ODConvTemperatureHook  # noqa: E402
+from .hooks import ODConvAttentionHook, ODConvTemperatureHook  # noqa: E402
 from .layers import (  # noqa: E402
     CondConv2d,
     DyConv2d,
@@ -40,6 +40,7 @@ __all__ = [
     'ODConv1d',
     'ODConv2d',
     'ODConv3d',
+    'ODConvAttentionHook',
     'ODConvOptimWrapperConstructor',
     'ODConvTemperatureHook',
     'ODMobileNetV2',

@@ -20,6 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from torch import Tensor, nn
 
+from .analysis import odconv_layers
 from .conversion.errors import ConversionError
 from .layers.odconv import _ODConvNd
 
@@ -163,6 +164,14 @@ def require_weights(model: nn.Module, path: str) -> None:
             ]
     if complaints:
         raise SystemExit(f'{path} does not fit the config: {"; ".join(complaints)}')
+
+
+def require_odconv_layers(model: nn.Module, config: str) -> None:
+    """End the program if the model of a config has no ODConv layer to analyse."""
+    try:
+        odconv_layers(model)
+    except ValueError as error:
+        raise SystemExit(f'{config}: {error}') from error
 
 
 def _other_shapes(model: nn.Module, entries: dict[str, Any]) -> list[str]:

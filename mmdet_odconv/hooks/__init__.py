@@ -1,5 +1,6 @@
 """Hooks of MMEngine's runner."""
 
+from .attention import ODConvAttentionHook
 from .temperature import ODConvTemperatureHook
 
-__all__ = ['ODConvTemperatureHook']
+__all__ = ['ODConvAttentionHook', 'ODConvTemperatureHook']

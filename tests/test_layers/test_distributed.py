@@ -1,6 +1,7 @@
 """Two processes on the CPU: batches of unequal size under DDP, shards under FSDP."""
 
 import copy
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdet_odconv import ODConv2d, convert_to_odconv, set_temperature
+from mmdet_odconv.analysis import AttentionMeter, attention_statistics
 
 try:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -28,9 +30,8 @@ SAMPLES = [(1, 3), (0, 2), (2, 2), (3, 0)]
 def work(rank, init_file, out_dir):
     """What either process does: starting it takes longer than all of this."""
     dist.init_process_group('gloo', init_method=f'file://{init_file}', rank=rank, world_size=2)
-    torch.save(
-        {'ddp': train(rank), **(train_shards(rank) if fully_shard else {})}, out_dir / f'{rank}.pth'
-    )
+    saved = {'ddp': train(rank), 'statistics': count_attentions(rank)}
+    torch.save(saved | (train_shards(rank) if fully_shard else {}), out_dir / f'{rank}.pth')
     dist.destroy_process_group()
 
 
@@ -44,6 +45,23 @@ def train(rank):
         model(torch.randn(samples[rank], 4, 6, 6)).square().sum().backward()
         optimizer.step()
     return dict(model.module.named_parameters())
+
+
+def images_and_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(ODConv2d(4, 4, 3, attention_init='published') for _ in range(2)))
+    return torch.randn(4, 4, 8, 8), model.eval()
+
+
+def count_attentions(rank):
+    images, model = images_and_model()
+    model = DistributedDataParallel(model)
+    if fully_shard:
+        model = fully_shard(model.module, mesh=init_device_mesh('cpu', (2,)))
+    with AttentionMeter(model) as meter, torch.no_grad():
+        model(images[:3] if rank else images[3:])
+    meter.all_reduce()
+    return [asdict(record) for record in meter.statistics()]
 
 
 def converted():
@@ -87,6 +105,16 @@ def test_processes_stay_equal_whatever_their_batches(results):
     first, second = (result['ddp'] for result in results)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def test_the_processes_add_up_their_attentions(results):
+    images, model = images_and_model()
+    expected = [asdict(record) for record in attention_statistics(model, [images])]
+    assert [record['samples'] for record in expected] == [4, 4]
+    for result in results:
+        for record, whole in zip(result['statistics'], expected, strict=True):
+            for key, value in whole.items():
+                assert record[key] == (value if key == 'name' else pytest.approx(value)), key
 
 
 @needs_fully_shard

@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Find out which ODConv layers of a trained detector pay: the AP that each one's dynamics bring.
+
+A layer is made static by giving all images the average of its attentions over the test images.
+Each layer in turn is made static, and the detector tested again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+from terminaltables import GithubFlavoredMarkdownTable
+
+from mmdet_odconv import cli
+from mmdet_odconv.analysis import AttentionMeter, static_attentions, unwrapped
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='test config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', default='which_layers.json', help='JSON file of the results')
+    parser.add_argument(
+        '--metric', help='metric to compare (default: the first that ends in mAP, or the first)'
+    )
+    parser.add_argument(
+        '--keep-one',
+        action='store_true',
+        help='also test with each layer dynamic alone, all others static: twice the time',
+    )
+    cli.add_force(parser)
+    cli.add_runner_arguments(parser)
+    return parser.parse_args()
+
+
+def metric_of(metrics: dict[str, float], name: str | None) -> str:
+    """The metric to compare: the one asked for, else the first AP."""
+    if name is None:
+        return next((key for key in metrics if key.endswith('mAP')), next(iter(metrics), ''))
+    if name not in metrics:
+        raise SystemExit(f'--metric {name} is not among those of the test: {", ".join(metrics)}')
+    return name
+
+
+def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
+    """Test with all layers dynamic, with all static, and with each static.
+
+    Args:
+        runner (Runner): A runner that can test.
+        name (str, optional): The metric to compare; None for :func:`metric_of`'s choice.
+        keep_one (bool): Whether to test with each layer dynamic alone, too.
+
+    Returns:
+        dict: What the JSON file holds.
+    """
+    meter = AttentionMeter(runner.model)
+    with meter:
+        metrics = runner.test()
+    meter.all_reduce()
+    metric = metric_of(metrics, name)
+    means = meter.means()
+
+    def test_with(static: list[str]) -> float:
+        with static_attentions(runner.model, {layer: means[layer] for layer in static}):
+            return float(runner.test_loop.run()[metric])
+
+    dynamic = float(metrics[metric])
+    static = test_with(list(means))
+    layers = []
+    for layer, record in zip(means, meter.statistics(), strict=True):
+        without = test_with([layer])
+        entry = dict(name=layer, std=record.std, without=without, drop=dynamic - without)
+        if keep_one:
+            entry['alone'] = test_with([other for other in means if other != layer])
+            entry['gain'] = entry['alone'] - static
+        layers.append(entry)
+        runner.logger.info(f'{metric} is {without:.3f} with {layer} static')
+    layers.sort(key=lambda entry: entry['drop'], reverse=True)
+    return dict(metric=metric, dynamic=dynamic, static=static, layers=layers)
+
+
+def table(results: dict) -> str:
+    """The results in Markdown, the layer that pays most first."""
+    keep_one = 'alone' in results['layers'][0]
+    rows = [['layer', 'largest std', 'without it', 'drop'] + ['it alone', 'gain'] * keep_one]
+    for entry in results['layers']:
+        std = max(entry['std'].values(), default=0)
+        keys = ['without', 'drop'] + ['alone', 'gain'] * keep_one
+        rows.append([entry['name'], f'{std:.3f}', *(f'{entry[key]:.3f}' for key in keys)])
+    return (
+        f'{results["metric"]}: {results["dynamic"]:.3f} with all layers dynamic, '
+        f'{results["static"]:.3f} with all layers static\n\n'
+        f'{GithubFlavoredMarkdownTable(rows).table}'
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    config = cli.runner_config(args)
+    cli.require_file(args.checkpoint, 'checkpoint')
+    cli.require_datasets(config, ('test_dataloader',))
+    cli.require_new_file(args.out, args.force)
+    config.load_from, config.resume = args.checkpoint, False
+    runner = cli.build_runner(config)
+    cli.require_odconv_layers(runner.model, args.config)
+    cli.require_weights(unwrapped(runner.model), args.checkpoint)
+    results = compare(runner, args.metric, args.keep_one)
+    if is_main_process():
+        Path(args.out).write_text(json.dumps(results, indent=2) + '\n')
+        print(table(results))
+        print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+    main()
