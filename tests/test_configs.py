@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -50,26 +51,39 @@ def test_a_config_builds_a_detector_that_trains_and_predicts(path):
 
 
 def check_rates(model, config):
-    """The attentions of SGD have a tenth of the bank's rate; all else is as mmdet's config says."""
+    """The attentions and the banks have rates of their own; all else is as mmdet's config says."""
     if config.optim_wrapper.get('constructor') is None:  # the small sets' AdamW, one rate for all
         assert config.optim_wrapper.optimizer.type == 'AdamW'
         return
+    sgd = config.optim_wrapper.optimizer.type == 'SGD'
     paramwise = dict(config.optim_wrapper.paramwise_cfg or {})
-    mult = paramwise.pop('attention_lr_mult', 1)
-    assert mult == (0.1 if config.optim_wrapper.optimizer.type == 'SGD' else 1)
+    assert paramwise.pop('attention_lr_mult', 1) == (0.1 if sgd else 1)
+    # Banks that start from static weights are compensated for it.
+    compensated = paramwise.pop('bank_lr_mult', 1) == 'compensated'
+    assert compensated == bool(config.model.backbone.get('init_cfg'))
     own = rates(model, config.optim_wrapper)
     mmdets = rates(
         model, dict(config.optim_wrapper, constructor=None, paramwise_cfg=paramwise or None)
     )
-    attentions = set()
+    parts = set()
     for layer in model.modules():
         if isinstance(layer, ODConv2d):
+            rate, decay = mmdets[layer.weight]
             for parameter in layer.attention.parameters():
-                attentions.add(parameter)
-                assert own[parameter][0] == pytest.approx(mult * own[layer.weight][0])
-    assert attentions
+                parts.add(parameter)
+                assert own[parameter][0] == pytest.approx(rate * (0.1 if sgd else 1))
+            factor = 1.0
+            if compensated:
+                attention = layer.attention
+                heads = (attention.channel_fc, attention.filter_fc, attention.spatial_fc)
+                # σ(2.2), the attention_bias, for each sigmoid head
+                constant = (1 + math.exp(-2.2)) ** -len([h for h in heads if h is not None])
+                factor = layer.kernel_num / constant**2 if sgd else math.sqrt(2) / constant
+            parts.add(layer.weight)
+            assert own[layer.weight] == pytest.approx((rate * factor, decay / factor))
+    assert parts
     for parameter, values in own.items():
-        assert parameter in attentions or values == pytest.approx(mmdets[parameter])
+        assert parameter in parts or values == pytest.approx(mmdets[parameter])
 
 
 def rates(model, optim_wrapper):
@@ -201,15 +215,3 @@ def test_data_roots_come_from_the_environment(monkeypatch, variable):
             assert config[loader].dataset.data_root == expected
         assert config.val_evaluator.ann_file.startswith(f'{expected}/annotations/')
         assert config.test_evaluator == config.val_evaluator
-
-
-@pytest.mark.parametrize('detector', ['retinanet', 'faster-rcnn', 'mask-rcnn'])
-def test_with_sgd_the_attentions_learn_at_a_tenth_of_the_rate(detector):
-    config = Config.fromfile(ROOT / f'configs/odconv/{detector}_od_r18.py')
-    model = MODELS.build(config.model)
-    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
-    rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
-    full = config.optim_wrapper.optimizer.lr
-    for name, parameter in model.named_parameters():
-        expected = full / 10 if '.attention.' in name else full
-        assert rates[id(parameter)] == pytest.approx(expected), name

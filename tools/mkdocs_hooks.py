@@ -19,6 +19,7 @@ PAGES = {
     'changelog.md': 'CHANGELOG.md',
     'configs.md': 'configs/odconv/README.md',
     'contributing.md': 'CONTRIBUTING.md',
+    'pretraining.md': 'configs/pretrain/README.md',
 }
 _LINK = re.compile(r'\]\(([^)#\s]+)(#[^)\s]*)?\)')
 # Several names before one description, and the description with its further lines.

@@ -10,7 +10,9 @@ model = dict(
     odconv=dict(kernel_num=4, norm_cfg=dict(type='LN')),
 )
 
-# With SGD the attentions run ahead of the kernels at the full rate (docs/recipes.md).
+# With SGD the attentions run ahead of the kernels at the full rate, and banks that start from
+# static weights stay behind (docs/recipes.md).
 optim_wrapper = dict(
-    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(attention_lr_mult=0.1)
+    constructor='ODConvOptimWrapperConstructor',
+    paramwise_cfg=dict(attention_lr_mult=0.1, bank_lr_mult='compensated'),
 )

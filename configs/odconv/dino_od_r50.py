@@ -11,4 +11,7 @@ model = dict(
 )
 
 # AdamW's steps do not grow with the gradients, so the attentions take the same rate as the rest.
-optim_wrapper = dict(constructor='ODConvOptimWrapperConstructor')
+# The banks start from static weights and are larger than those (docs/recipes.md).
+optim_wrapper = dict(
+    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(bank_lr_mult='compensated')
+)

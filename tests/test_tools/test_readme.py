@@ -1,4 +1,4 @@
-"""README, "Put ODConv into your detector", followed on generated images."""
+"""What README and docs/detectors.md tell, followed on generated images."""
 
 import re
 
@@ -8,7 +8,9 @@ from mmcv import imread
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from torch import nn
 
+from mmdet_odconv import ODConv2d
 from tests.conftest import ROOT
 from tests.test_tools.test_train_and_test import run_tool
 
@@ -44,12 +46,38 @@ SMALL = [
 ]
 
 
+def code(page):
+    return re.findall(r'```.*?\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_chinese_readme_has_the_same_commands_and_links():
+    pages = [(ROOT / page).read_text() for page in ('README.md', 'README_zh-CN.md')]
+    assert code('README.md') == code('README_zh-CN.md')
+    links = [set(re.findall(r'\]\(((?!http|README)[^)#]+)', page)) for page in pages]
+    assert links[0] == links[1]
+    for link in links[0]:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_code_of_the_readme(tmp_path):
+    python, config = code('README.md')[1:3]
+    register_all_modules()
+    path = tmp_path / 'my_yolox.py'
+    path.write_text(config)
+    model = MODELS.build(Config.fromfile(path).model)
+    assert any(isinstance(layer, ODConv2d) for layer in model.backbone.modules())
+    plain = nn.ModuleDict(dict(backbone=nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))))
+    scope = dict(model=plain)
+    exec(python, scope)
+    assert scope['report'].converted == ['backbone.1']
+
+
 @pytest.mark.slow
 def test_a_detector_of_the_zoo_on_ones_own_data(tmp_path):
     root = tmp_path / 'shapes'
     run_tool('make_shapes_dataset.py', root, '--train', 8, '--val', 4, '--size', 96, 96)
-    section = (ROOT / 'README.md').read_text().partition('## Put ODConv into your detector')[2]
-    text = '\n'.join(re.findall(r'```python\n(.*?)```', section, re.DOTALL)[:2])
+    section = (ROOT / 'docs/detectors.md').read_text().partition('## MMDetection')[2]
+    text = '\n'.join(re.findall(r'```python.*?\n(.*?)```', section, re.DOTALL)[:2])
     for old, new in OWN.items():
         assert old in text
         text = text.replace(old, new)

@@ -93,7 +93,7 @@ def test_no_logs(tool, tmp_path, capsys):
 
 def test_every_arm_builds_with_the_counts_of_its_convolutions(tool):
     run = tool('run')
-    counts = {arm: run.count(run.arm_config(arm, 0)) for arm in run.ARMS}
+    counts = {arm: run.count(run.arm_config(arm, 0)) for arm in run.TASKS['shapes'][1]}
     plain = counts['plain']
     assert counts['od_k1']['multiply_adds'] == plain['multiply_adds']
     # A bank is mixed once for an image: as many multiply-adds as it has entries.
@@ -104,6 +104,31 @@ def test_every_arm_builds_with_the_counts_of_its_convolutions(tool):
     )
     assert counts['od_k4']['multiply_adds'] == plain['multiply_adds'] + banks
     assert counts['plain_wide_madds']['multiply_adds'] >= counts['od_k4']['multiply_adds']
+
+
+@pytest.mark.parametrize('task', ['pretrained', 'small_batch'])
+def test_the_rates_of_arms_from_static_weights(tool, task):
+    run = tool('run')
+    rates = {}
+    for arm in ('plain', 'od_k4_ln', 'od_k4_ln_spread0.1', 'od_k4_ln_frozen_banks'):
+        config = run.arm_config(arm, 0, task=task)
+        model = run.MODELS.build(config.model)
+        groups = run.build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+        lrs = {
+            id(p): g['lr'] / config.optim_wrapper.optimizer.lr for g in groups for p in g['params']
+        }
+        rates[arm] = {name: lrs[id(p)] for name, p in model.named_parameters() if id(p) in lrs}
+    assert set(rates['plain'].values()) == {1}
+    assert set(rates['od_k4_ln_spread0.1'].values()) == {1}
+    bank, attention = (
+        'backbone.layer{}.1.conv2.weight',
+        'backbone.layer{}.1.conv2.attention.fc.weight',
+    )
+    assert rates['od_k4_ln'][bank.format(3)] == rates['od_k4_ln_frozen_banks'][bank.format(3)] == 2
+    assert rates['od_k4_ln'][attention.format(3)] == 1
+    assert rates['od_k4_ln_frozen_banks'][bank.format(1)] == 0
+    assert rates['od_k4_ln_frozen_banks']['backbone.layer1.1.bn2.weight'] == 0
+    assert rates['od_k4_ln_frozen_banks'][attention.format(1)] == 1
 
 
 def test_only_what_is_missing_is_started(tool, tmp_path, monkeypatch):

@@ -25,16 +25,31 @@ def wide(channels: int) -> Options:
 LN = dict(type='LN')
 
 
+BANK_RATE = 2.0  # what pretrained.py gives the banks, which start from static weights
+
+
 def frozen_banks(options: Options) -> Options:
     """With ODConv in the frozen first stage as well, where only the attentions learn."""
-    layers = [f'backbone.layer1.{block}.conv{i}' for block in (0, 1) for i in (1, 2)]
-    rates = {f'{layer}.attention': dict(lr_mult=1.0, decay_mult=1.0) for layer in layers}
-    rates['backbone.layer1'] = dict(lr_mult=0.0, decay_mult=0.0)
+    rates = {'backbone.layer1': dict(lr_mult=0.0, decay_mult=0.0)}
+    for stage in (1, 2, 3, 4):
+        for layer in (f'layer{stage}.{block}.conv{i}' for block in (0, 1) for i in (1, 2)):
+            if stage == 1:
+                rates[f'backbone.{layer}.attention'] = dict(lr_mult=1.0, decay_mult=1.0)
+            else:
+                rates[f'backbone.{layer}.weight'] = dict(
+                    lr_mult=BANK_RATE, decay_mult=1 / BANK_RATE
+                )
     return {
         **options,
         'model.backbone.frozen_stages': 0,
+        'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor',
         'optim_wrapper.paramwise_cfg': dict(custom_keys=rates),
     }
+
+
+def bank_rate(options: Options, factor: float) -> Options:
+    """With another rate for the banks than the task gives them."""
+    return {**options, 'optim_wrapper.paramwise_cfg.bank_lr_mult': factor}
 
 
 ARMS: dict[str, Options] = {
@@ -43,9 +58,6 @@ ARMS: dict[str, Options] = {
     'od_k4': dynamic(4),
     'od_k1_ln': dynamic(1, norm_cfg=LN),
     'od_k4_ln': dynamic(4, norm_cfg=LN),
-    'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
-    'od_k4_no_norm': dynamic(4, norm_cfg=None),
-    'od_k4_ln_frozen_banks': frozen_banks(dynamic(4, norm_cfg=LN)),
     'condconv_k4': dynamic(4, type='CondConv2d'),
     'condconv_k8': dynamic(8, type='CondConv2d'),
     'dyconv_k4': dynamic(4, type='DyConv2d'),
@@ -56,4 +68,16 @@ ARMS: dict[str, Options] = {
     # As many multiply-adds, or as much time for a step, as od_k4: see docs/study.md.
     'plain_wide_madds': wide(17),
     'plain_wide_time': wide(22),
+}
+
+# Of the tasks that start from static weights.
+PRETRAINED_ARMS: dict[str, Options] = {
+    'plain': {},
+    'od_k4_ln': dynamic(4, norm_cfg=LN),
+    'od_k4_ln_spread0.1': bank_rate(dynamic(4, norm_cfg=LN, spread=0.1), 1.0),
+    'od_k4_ln_spread2': bank_rate(dynamic(4, norm_cfg=LN, spread=2.0), 1.0),
+    'od_k4_ln_frozen_banks': frozen_banks(dynamic(4, norm_cfg=LN)),
+    'od_k4': dynamic(4),
+    'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
+    'od_k4_no_norm': dynamic(4, norm_cfg=None),
 }

@@ -11,8 +11,13 @@ model = dict(
         init_cfg=dict(
             _delete_=True,
             type='Pretrained',
-            checkpoint='{{$PRETRAINED:work_dirs/od_r18_shapes/epoch_3.pth}}',
+            checkpoint='{{$PRETRAINED:work_dirs/od_r18_shapes/epoch_4.pth}}',
             prefix='backbone.',
         )
     )
+)
+
+# Plain arms take no notice of this.
+optim_wrapper = dict(
+    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(bank_lr_mult=2.0)
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS
+from arms import ARMS, PRETRAINED_ARMS, Options
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -32,11 +32,12 @@ from torch import nn
 from mmdet_odconv.layers.odconv import _ODConvNd
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = {
-    'shapes': ROOT / 'tools/study/shapes.py',
-    'pretrained': ROOT / 'tools/study/pretrained.py',
-    'small_batch': ROOT / 'tools/study/small_batch.py',
-    'deeppcb': ROOT / 'tools/study/deeppcb.py',
+STUDY = ROOT / 'tools/study'
+TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
+    'shapes': (STUDY / 'shapes.py', ARMS),
+    'deeppcb': (STUDY / 'deeppcb.py', ARMS),
+    'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
+    'small_batch': (STUDY / 'small_batch.py', PRETRAINED_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
@@ -48,13 +49,14 @@ def arm_config(
     """The config of a run.
 
     Args:
-        arm (str): One of ``ARMS``.
+        arm (str): One of those of the task.
         seed (int): Seed of the weights' start and of the order of the data.
         options (dict, optional): Further changes, as of ``--cfg-options``. Default: None.
         task (str): One of ``TASKS``. Default: 'shapes'.
     """
-    config = Config.fromfile(TASKS[task])
-    config.merge_from_dict({**ARMS[arm], 'randomness': dict(seed=seed), **(options or {})})
+    path, arms = TASKS[task]
+    config = Config.fromfile(path)
+    config.merge_from_dict({**arms[arm], 'randomness': dict(seed=seed), **(options or {})})
     return config
 
 
@@ -191,7 +193,9 @@ def write(log: dict[str, Any], path: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Train what the study lacks.')
-    parser.add_argument('arms', nargs='*', help=f'all by default: {", ".join(ARMS)}')
+    parser.add_argument(
+        'arms', nargs='*', help=f'all of the task by default, such as {", ".join(ARMS)}'
+    )
     parser.add_argument('--task', choices=TASKS, default='shapes', help='(%(default)s)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=2, help='runs side by side (%(default)s)')
@@ -207,8 +211,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     for arm in args.arms:
-        if arm not in ARMS:
-            parser.error(f'there is no arm {arm!r}; there are {", ".join(ARMS)}')
+        if arm not in TASKS[args.task][1]:
+            parser.error(f'there is no arm {arm!r}; there are {", ".join(TASKS[args.task][1])}')
     args.work_dirs = args.work_dirs or ROOT / 'work_dirs/study' / args.task
     args.logs = args.logs or (LOGS if args.task == 'shapes' else LOGS / args.task)
     return args
@@ -216,7 +220,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    arms = args.arms or list(ARMS)
+    arms = args.arms or list(TASKS[args.task][1])
     if args.recount:
         for arm in arms:
             paths = [log_of(arm, seed, args.logs) for seed in args.seeds]
