@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..functional.arguments import ArgumentError, check_integer
 from ..layers import ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation
@@ -80,6 +81,10 @@ def convert_to_odconv(
             of its range. The model is unchanged.
     """
     _require_known(odconv_args)
+    try:
+        check_integer('min_channels', min_channels, least=0)
+    except ArgumentError as error:
+        raise ConversionError(str(error)) from error
     types = _layer_types(layer)
     if reduction is not None:
         odconv_args['reduction'] = reduction
