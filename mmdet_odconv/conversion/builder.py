@@ -20,6 +20,7 @@ def build_odconv_model(
     detector: str | None = None,
     model: dict[str, Any] | None = None,
     data_preprocessor: dict[str, Any] | nn.Module | None = None,
+    report: str = 'table',
     **fields: Any,
 ) -> nn.Module:
     """Build a model, replace plain convolutions by ODConv, and return the model.
@@ -35,7 +36,7 @@ def build_odconv_model(
             _delete_=True, type='ODConvModel', model={{_base_.model}}, odconv=dict(kernel_num=4)
         )
 
-    The report of the conversion goes to the log.
+    A report of the conversion goes to the log.
 
     Args:
         odconv (dict, optional): Arguments of :func:`~mmdet_odconv.convert_to_odconv`. Default:
@@ -43,16 +44,21 @@ def build_odconv_model(
         detector (str, optional): Type of the model. Default: ``model``'s.
         model (dict, optional): Config of the model. Default: ``fields`` are all of it.
         data_preprocessor (dict | nn.Module, optional): The model's, where its config has none.
+        report (str): What goes to the log: 'table', which has what was kept and why, or 'summary',
+            a line. Default: 'table'.
         **fields: Fields of the model's config, in place of ``model``'s.
 
     Returns:
         nn.Module: The model, of its own class.
 
     Raises:
-        ValueError: Neither ``detector`` nor ``model`` says what to build.
+        ValueError: Neither ``detector`` nor ``model`` says what to build, or ``report`` is
+            neither of the two.
         ConversionError: A ValueError. The model has a field ``detector`` itself, as SoftTeacher
             and the trackers have, and needs the second form.
     """
+    if report not in ('table', 'summary'):
+        raise ValueError(f"report must be 'table' or 'summary', got {report!r}")
     config = {**copy.copy(model or {}), **fields}
     if detector is not None:
         if not isinstance(detector, str) or _has_detector_field(detector):
@@ -69,8 +75,9 @@ def build_odconv_model(
         config.setdefault('data_preprocessor', data_preprocessor)
     # From this registry mmengine finds the models of the default scope, and mmdet's without one.
     built = DETECTORS.build(config)
-    report = convert_to_odconv(built, **(odconv or {}))
-    print_log(f'ODConv in {type(built).__name__}:\n{report}', logger='current', level=logging.INFO)
+    done = convert_to_odconv(built, **(odconv or {}))
+    text = f'\n{done}' if report == 'table' else f' {done.summary()}'
+    print_log(f'ODConv in {type(built).__name__}:{text}', logger='current', level=logging.INFO)
     return built
 
 
