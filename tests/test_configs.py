@@ -81,7 +81,8 @@ def rates(model, optim_wrapper):
     }
 
 
-COCO = [p for p in DETECTORS if not p.stem.endswith(('coco128', 'bccd', 'shapes'))]
+SMALL = ('coco128', 'bccd', 'shapes', 'own')
+COCO = [p for p in DETECTORS if not p.stem.endswith(SMALL)]
 
 
 @pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
@@ -160,12 +161,11 @@ def test_the_metafile_lists_every_coco_config():
         for model in yaml.safe_load((ROOT / part).read_text())['Models']
     ]
     listed = {model['Config'] for model in models}
-    small = ('coco128', 'bccd', 'shapes')
-    assert listed == {str(p.relative_to(ROOT)) for p in DETECTORS if not p.stem.endswith(small)}
+    assert listed == {str(p.relative_to(ROOT)) for p in DETECTORS if not p.stem.endswith(SMALL)}
     assert all(ROOT.joinpath(model['Config']).stem == model['Name'] for model in models)
 
 
-@pytest.mark.parametrize('variable', ['COCO128_ROOT', 'BCCD_ROOT', 'SHAPES_ROOT'])
+@pytest.mark.parametrize('variable', ['COCO128_ROOT', 'BCCD_ROOT', 'SHAPES_ROOT', 'OWN_ROOT'])
 def test_data_roots_come_from_the_environment(monkeypatch, variable):
     name = variable.removesuffix('_ROOT').lower()
     path = next(p for p in CONFIGS if p.parent.name != '_base_' and p.stem.endswith(name))

@@ -29,13 +29,13 @@ SMALL = [
 ]
 
 
-def run_tool(name, *args, shapes=None, ok=True):
+def run_tool(name, *args, shapes=None, ok=True, folder=ROOT):
     env = {'SHAPES_ROOT': str(shapes)} if shapes else {}
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / name), *map(str, args)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **env},
     )
     assert (result.returncode == 0) == ok, result.stdout[-3000:] + result.stderr[-3000:]
