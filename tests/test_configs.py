@@ -141,6 +141,13 @@ def test_a_config_names_classes_for_all_its_outputs(path):
         assert head.num_classes == len(classes)
 
 
+@pytest.mark.parametrize('path', DETECTORS, ids=lambda p: p.stem)
+def test_few_checkpoints_are_kept_and_the_best_among_them(path):
+    checkpoint = Config.fromfile(path).default_hooks.checkpoint
+    assert 1 < checkpoint.max_keep_ckpts <= 3
+    assert checkpoint.save_best == 'auto'
+
+
 def test_the_file_names_follow_the_rule_of_the_readme():
     import re
 

@@ -12,3 +12,6 @@ model = dict(
 
 # AdamW's steps do not grow with the gradients, so the attentions take the same rate as the rest.
 optim_wrapper = dict(constructor='ODConvOptimWrapperConstructor')
+
+# Of the checkpoints the last three stay, and the best by validation AP.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))

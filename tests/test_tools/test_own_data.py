@@ -38,7 +38,7 @@ def section(title):
 
 def commands(title):
     lines = '\n'.join(re.findall(r'```shell\n(.*?)```', section(title), re.DOTALL)).splitlines()
-    return [shlex.split(line) for line in lines]
+    return [shlex.split(line) for line in lines if line]
 
 
 @pytest.fixture(scope='module')
