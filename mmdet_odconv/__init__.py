@@ -7,7 +7,7 @@ Paper: Li, Zhou, Yao: Omni-Dimensional Dynamic Convolution, ICLR 2022
 (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
-from .compat import check_versions
+from .compat import check_versions, register_config_scope
 
 check_versions()
 
@@ -33,6 +33,7 @@ from .optim import ODConvOptimWrapperConstructor  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register_safe_globals()
+register_config_scope()
 
 __all__ = [
     'CondConv2d',

@@ -7,25 +7,30 @@ import argparse
 import difflib
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS
+import cv2
+import mmengine
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner.checkpoint import (
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+)
 from torch import Tensor, nn
 
 from .analysis import odconv_layers
 from .conversion.errors import ConversionError
+from .functional.arguments import ArgumentError
 from .layers.odconv import _ODConvNd
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
-DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +61,19 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config and apply the overrides of the command line.
 
     Raises:
-        SystemExit: There is no such file (the message names near ones), a base of it is missing,
-            or an override does not fit the config.
+        SystemExit: There is no such file (the message names near ones), a base of it or the
+            package of a base is missing, it is not written in Python's syntax, or an override
+            does not fit the config.
     """
     require_file(path, 'config')
     try:
         config = Config.fromfile(path)
-    except FileNotFoundError as error:
+    except ModuleNotFoundError as error:
+        message = f'{path}: {error}'
+        if 'mmpretrain' in str(error):
+            message += '; pip install -r requirements/pretrain.txt'
+        raise SystemExit(message) from error
+    except (FileNotFoundError, SyntaxError) as error:
         raise SystemExit(f'{path}: {error}') from error
     if options:
         try:
@@ -87,20 +98,44 @@ def runner_config(args: argparse.Namespace) -> Config:
     return config
 
 
+def shorten_report(config: Config) -> None:
+    """Leave the table of the conversion to training, where it is news; here one line will do."""
+    if config.model.get('type') == 'ODConvModel':
+        config.model.report = 'summary'
+
+
 def build_runner(config: Config) -> Runner:
     """The runner that the config asks for.
 
     Raises:
-        SystemExit: An argument of ``model.odconv`` is wrong; the message has near names.
+        SystemExit: The work folder cannot be written, or an argument of ``model.odconv`` or of an
+            ODConv layer is wrong; the message has near names.
     """
+    _require_writable(config.work_dir)
     try:
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     except ConversionError as error:
         raise SystemExit(f'model.odconv: {error}') from error
+    except ArgumentError as error:
+        raise SystemExit(f'the ODConv layers of the config: {error}') from error
+
+
+def _require_writable(folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(
+            f'the work folder {folder} cannot be written ({error.strerror}); set another by '
+            '--work-dir'
+        ) from error
 
 
 def require_file(path: str, what: str) -> None:
     """End the program unless ``path`` is a file, or lies elsewhere than on this disk.
+
+    A checkpoint of DeepSpeed is a folder, of which the message says how to make a file.
 
     Args:
         path (str): A path; one with a scheme (``https://``, ``torchvision://``, ``s3://``) is
@@ -112,11 +147,36 @@ def require_file(path: str, what: str) -> None:
     """
     if '://' in path or Path(path).expanduser().is_file():
         return
-    raise SystemExit(_not_found(path, what))
+    if Path(path).is_dir():
+        raise SystemExit(f'{path} is a folder, where the {what} should be a file{_inside(path)}')
+    raise SystemExit(not_found(path, what))
 
 
-def _not_found(path: str, what: str) -> str:
-    message = f'{what} not found: {path} (looked for {Path(path).absolute()})'
+def _inside(folder: str) -> str:
+    """What a folder has that its user may have meant."""
+    script = Path(folder) / 'zero_to_fp32.py'
+    if script.is_file():
+        return (
+            f". It is a checkpoint of DeepSpeed; 'python {script} {folder} weights.pth' makes a "
+            'file of its weights'
+        )
+    last = Path(folder) / 'last_checkpoint'
+    if last.is_file():
+        return f'; is it {last.read_text().strip()}?'
+    files = sorted(path for path in Path(folder).glob('*.pth') if path.is_file())
+    return f'; is it {files[-1]}?' if files else ''
+
+
+def not_found(path: str, what: str) -> str:
+    """A sentence that says where a file or folder was looked for, and has near names.
+
+    Args:
+        path (str): The path.
+        what (str): What there should be.
+    """
+    message = f'{what} not found: {path}'
+    if not Path(path).is_absolute():
+        message += f' (looked for {Path(path).absolute()})'
     folder = Path(path).parent
     if folder.is_dir():
         names = sorted(entry.name for entry in folder.iterdir())
@@ -126,7 +186,23 @@ def _not_found(path: str, what: str) -> str:
     return message
 
 
-def require_weights(model: nn.Module, path: str) -> None:
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint from which MMEngine would go on in a work folder; None without one.
+
+    Raises:
+        SystemExit: The folder names one that does not exist.
+    """
+    if not (Path(work_dir) / 'last_checkpoint').is_file():
+        return None
+    latest = find_latest_checkpoint(work_dir)
+    if not Path(latest).exists():
+        moved = Path(work_dir) / Path(latest).name
+        hint = f'; go on by --resume {moved}' if moved.exists() else ''
+        raise SystemExit(f'{work_dir}/last_checkpoint names {latest}, which does not exist{hint}')
+    return latest
+
+
+def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
     """End the program unless a checkpoint has all the weights of a model.
 
     MMEngine itself only logs what does not fit, and a model with random weights in some of its
@@ -136,6 +212,9 @@ def require_weights(model: nn.Module, path: str) -> None:
     Args:
         model (nn.Module): The detector, without wrappers.
         path (str): The checkpoint, as MMEngine takes it.
+
+    Returns:
+        dict: What else the checkpoint says of itself, its entry 'meta'.
 
     Raises:
         SystemExit: The file cannot be read, or entries are missing or have other shapes. The
@@ -164,6 +243,60 @@ def require_weights(model: nn.Module, path: str) -> None:
             ]
     if complaints:
         raise SystemExit(f'{path} does not fit the config: {"; ".join(complaints)}')
+    return content.get('meta') or {}
+
+
+def require_start_weights(model: nn.Module, load_from: str | None = None) -> None:
+    """End the program unless the weights that the training starts from can be had.
+
+    Args:
+        model (nn.Module): The detector; wrapped ones too.
+        load_from (str, optional): The config's. Default: None.
+
+    Raises:
+        SystemExit: A file of an ``init_cfg`` or of ``load_from`` cannot be loaded, say because
+            there is no network. The message has the file to fetch and the option to set.
+    """
+    if load_from is not None:
+        _require_loadable(load_from, 'load_from', 'load_from=None')
+    for name, module in model.named_modules():
+        key = 'model' + f'.{name}'.removesuffix('.').removeprefix('.module')
+        given = getattr(module, 'init_cfg', None)
+        for init_cfg in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+                without = f'{key}.init_cfg=None'
+                if getattr(module, 'frozen_stages', -1) >= 0:
+                    without += f' {key}.frozen_stages=-1 {key}.norm_eval=False'
+                _require_loadable(init_cfg['checkpoint'], f'{key}.init_cfg.checkpoint', without)
+
+
+def _require_loadable(path: str, option: str, without: str) -> None:
+    if '://' not in path and not Path(path).exists():
+        raise SystemExit(f'{not_found(path, option)}; to start without it set {without}')
+    try:
+        CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except Exception as error:  # no network, no torchvision, bytes that are no checkpoint
+        reason = str(error).strip().partition('\n')[0]
+        address = _address(path)
+        fetch = f'fetch {address} and set' if address else 'set'
+        raise SystemExit(
+            f'{option}={path} cannot be loaded ({reason}); {fetch} --cfg-options {option}=FILE, '
+            f'or start without these weights by --cfg-options {without}'
+        ) from error
+
+
+def _address(path: str) -> str | None:
+    """Where on the web the file is that MMEngine means by ``path``."""
+    scheme, _, name = path.partition('://')
+    name = get_deprecated_model_names().get(name, name)
+    if scheme in ('http', 'https'):
+        return path
+    if scheme in ('torchvision', 'modelzoo'):
+        known = json.loads((Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json').read_text())
+        return known.get(name.lower())
+    if scheme in ('open-mmlab', 'openmmlab'):
+        return get_external_models().get(name)
+    return get_mmcls_models().get(name) if scheme == 'mmcls' else None
 
 
 def require_odconv_layers(model: nn.Module, config: str) -> None:
@@ -240,107 +373,18 @@ def find_images(path: str) -> list[Path]:
     """The image ``path``, or those in the folder ``path``, in the order of their names.
 
     Raises:
-        SystemExit: There is no such file, or no image in the folder.
+        SystemExit: There is no such file, no image in the folder, or a file that is none: a
+            single one is decoded, of those in a folder the first bytes are read.
     """
     if not Path(path).is_dir():
         require_file(path, 'image')
+        if cv2.imread(path) is None:
+            raise SystemExit(f'cannot be read as an image: {path}')
         return [Path(path)]
     images = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise SystemExit(f'no image ({", ".join(IMAGE_SUFFIXES)}) in {Path(path).absolute()}')
+    for image in images:
+        if not cv2.haveImageReader(str(image)):
+            raise SystemExit(f'cannot be read as an image: {image}')
     return images
-
-
-def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:
-    """End the program unless the data sets are there and have the classes of the detector.
-
-    Of wrong classes mmdet itself says nothing: it leaves objects out, or ends with an index error
-    in the first validation.
-
-    Args:
-        config (Config): A whole config.
-        dataloaders (Sequence[str]): The data loaders to look at. Default: all three.
-
-    Raises:
-        SystemExit: A file or folder is missing (the message has the path looked for), a class is
-            none of the annotation file's, or a head has another number of classes.
-    """
-    for name in dataloaders:
-        for key, dataset in _datasets(config.get(name), name):
-            _require_files(key, dataset)
-            _require_classes(key, dataset, config.get('model') or {})
-
-
-def _datasets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """The data-set configs with files of their own in a data-loader config, wrapped ones too.
-
-    Each comes with its dotted key.
-    """
-    if isinstance(node, dict):
-        if 'ann_file' in node:
-            # With a file backend of its own (an object store, say) the files are not on this disk.
-            if not node.get('backend_args'):
-                yield key, node
-        else:
-            for child in ('dataset', 'datasets'):
-                yield from _datasets(node.get(child), f'{key}.{child}')
-    elif isinstance(node, (list, tuple)):
-        for i, item in enumerate(node):
-            yield from _datasets(item, f'{key}.{i}')
-
-
-def _require_files(key: str, dataset: Any) -> None:
-    root = dataset.get('data_root') or ''
-    wanted = [('annotation file', dataset.ann_file)]
-    wanted += [('image folder', p) for p in (dataset.get('data_prefix') or {}).values()]
-    for what, path in wanted:
-        full = os.path.join(root, path or '')
-        if path and '://' not in full and not os.path.exists(full):
-            raise SystemExit(
-                f'{_not_found(full, f"{what} of {key}")}; put the data there, or set data_root, '
-                f'ann_file and data_prefix of {key} (README, "Data")'
-            )
-
-
-def _require_classes(key: str, dataset: Any, model: Any) -> None:
-    kind = DATASETS.get(dataset.type) if isinstance(dataset.get('type'), str) else None
-    if kind is None or not issubclass(kind, CocoDataset):
-        return
-    own = dataset.get('metainfo') or {}
-    metainfo = own or kind.METAINFO
-    classes = metainfo.get('thing_classes') or metainfo.get('classes')
-    if not isinstance(classes, (list, tuple)):  # the name of a file that has them
-        return
-    for head, number in _class_numbers(model, 'model'):
-        if number != len(classes):
-            raise SystemExit(
-                f'{head}.num_classes is {number}, but {key} has {_counted(classes)}; '
-                f'set {head}.num_classes, or the names in {key}.metainfo.classes'
-            )
-    path = os.path.join(dataset.get('data_root') or '', dataset.ann_file)
-    if own and os.path.isfile(path):
-        categories = [c['name'] for c in json.loads(Path(path).read_text())['categories']]
-        for name in classes:
-            if name not in categories:
-                raise SystemExit(
-                    f'{key}.metainfo.classes has {name!r}, but {path} has {_counted(categories)}'
-                )
-
-
-def _class_numbers(model: Any, key: str) -> Iterator[tuple[str, int]]:
-    """The ``num_classes`` of the box heads in a model's config, with the keys of the heads."""
-    if isinstance(model, (list, tuple)):
-        for i, item in enumerate(model):
-            yield from _class_numbers(item, f'{key}.{i}')
-    # Detectors that read text have an output for each word, not for each class.
-    elif isinstance(model, dict) and 'language_model' not in model:
-        if '.bbox_head' in key and 'num_classes' in model:
-            yield key, model['num_classes']
-        else:
-            for name, child in model.items():
-                yield from _class_numbers(child, f'{key}.{name}')
-
-
-def _counted(names: Sequence[str]) -> str:
-    shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
-    return f'{len(names)} classes ({shown})'

@@ -82,6 +82,18 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False)
 
 
+def register_config_scope() -> None:
+    """Let ``mmdet_odconv::odconv/...`` be the base of a config, once this package is imported.
+
+    MMEngine knows the packages of OpenMMLab alone, and looks for an installed one beside its
+    metadata, where an editable install is not. For a name that no distribution has, it asks Python
+    where the module is, which is right for both.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    MODULE2PACKAGE.setdefault('mmdet_odconv', 'mmdet_odconv.version')
+
+
 def add_safe_globals(allowed: Sequence[Any]) -> None:
     """Let ``torch.load``'s safe mode read these classes and functions.
 

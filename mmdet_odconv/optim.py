@@ -1,11 +1,16 @@
 """Learning rates and weight decays of ODConv's attentions and kernel banks."""
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mmengine.logging import MMLogger, print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from terminaltables import AsciiTable
 from torch import nn
 
 from .layers.odconv import _ODConvNd
@@ -26,6 +31,9 @@ class ODConvOptimWrapperConstructor:
     - the bank's rate is multiplied by ``bank_lr_mult``, and its decay divided by it, so that the
       two keep their balance;
     - the bank of a depthwise layer gets ``dwconv_decay_mult``, as a plain depthwise convolution.
+
+    A table of the rates goes to the log, in place of the lines of MMEngine's own constructor, which
+    are one or two for each parameter.
 
     Example::
 
@@ -72,7 +80,8 @@ class ODConvOptimWrapperConstructor:
         )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        wrapper: OptimWrapper = self.base(model)
+        with _without_lines_for_each_parameter():
+            wrapper: OptimWrapper = self.base(model)
         optimizer = wrapper.optimizer
         group_of = {id(p): group for group in optimizer.param_groups for p in group['params']}
         changed: dict[int, dict[str, float]] = {}
@@ -90,6 +99,8 @@ class ODConvOptimWrapperConstructor:
                 if id(p) in changed
             ]
         optimizer.param_groups = groups
+        table = _table(model, groups)
+        print_log(f'Learning rates:\n{table}', logger='current', level=logging.INFO)
         return wrapper
 
     def _changes(
@@ -128,3 +139,43 @@ def _rates(group: dict[str, Any], rate: float, decay_mult: float) -> dict[str, f
     if 'weight_decay' in group:
         rates['weight_decay'] = group['weight_decay'] * decay_mult
     return rates
+
+
+@contextmanager
+def _without_lines_for_each_parameter() -> Iterator[None]:
+    """Keep the messages of MMEngine's constructor about single parameters out of the log."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not ('paramwise_options -- ' in text or 'is skipped since its requires_grad' in text)
+
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _table(model: nn.Module, groups: list[dict[str, Any]]) -> str:
+    """How many parameters have which rate and decay, kernel banks and attentions apart."""
+    kinds: dict[int, str] = {}
+    for layer in model.modules():
+        if isinstance(layer, _ODConvNd):
+            kinds |= dict.fromkeys(map(id, layer.attention.parameters()), 'attentions of ODConv')
+            kinds[id(layer.weight)] = 'kernel banks of ODConv'
+    rates = {
+        id(parameter): (f'{group["lr"]:.3g}', f'{group.get("weight_decay", 0):.3g}')
+        for group in groups
+        for parameter in group['params']
+    }
+    rows: dict[tuple[str, ...], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        kind = kinds.get(id(parameter), 'all else')
+        row: tuple[str, ...] = (kind, *rates.get(id(parameter), ('not trained', '')))
+        rows.setdefault(row, []).append((name, parameter))
+    cells = [['', 'rate', 'weight decay', 'tensors', 'parameters', 'such as']]
+    for row in sorted(rows, key=lambda row: -len(rows[row])):
+        numbers = sum(parameter.numel() for _, parameter in rows[row])
+        cells.append([*row, str(len(rows[row])), f'{numbers / 1e6:.2f} M', rows[row][0][0]])
+    return AsciiTable(cells).table

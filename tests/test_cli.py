@@ -1,21 +1,20 @@
-import json
 import pickle
 import re
+import sys
 
 import pytest
 import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.model import BaseModule
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdet_odconv import ODConv2d, cli
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / 'configs/odconv/retinanet_od_r18_shapes.py')
-
-
-def dataset_config(root):
-    dataset = dict(data_root=str(root), ann_file='train.json', data_prefix=dict(img='images/'))
-    return Config(dict(train_dataloader=dict(dataset=dataset)))
 
 
 def test_a_typo_in_a_path_is_answered_with_near_names():
@@ -30,75 +29,31 @@ def test_paths_with_a_scheme_are_left_to_mmengine():
     cli.require_file('https://example.org/weights.pth', 'checkpoint')
 
 
+def test_a_relative_path_is_said_once_with_the_folder_it_was_looked_for_in(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path, times in (('weights.pth', 1), (str(tmp_path / 'weights.pth'), 1)):
+        with pytest.raises(SystemExit) as error:
+            cli.require_file(path, 'checkpoint')
+        assert str(error.value).count(str(tmp_path)) == times
+
+
+def test_a_folder_of_deepspeed_says_how_to_make_a_file(tmp_path):
+    (tmp_path / 'zero_to_fp32.py').touch()
+    with pytest.raises(SystemExit, match=r'is a folder, .*DeepSpeed; .python \S+zero_to_fp32\.py'):
+        cli.require_file(str(tmp_path), 'checkpoint')
+
+
+def test_a_work_folder_in_place_of_its_checkpoint_names_it(tmp_path):
+    (tmp_path / 'epoch_3.pth').touch()
+    with pytest.raises(SystemExit, match=rf'is a folder, .* is it {tmp_path}/epoch_3\.pth'):
+        cli.require_file(str(tmp_path), 'checkpoint')
+
+
 def test_overrides_are_merged_and_bad_ones_refused():
     config = cli.load_config(CONFIG, {'model.backbone.kernel_num': 2})
     assert config.model.backbone.kernel_num == 2
     with pytest.raises(SystemExit, match=r'--cfg-options .*does not fit'):
         cli.load_config(CONFIG, {'train_dataloader.dataset.pipeline.77.scale': 3})
-
-
-@pytest.mark.parametrize('missing', ['train.json', 'images'])
-def test_a_missing_data_set_is_named_with_the_path_looked_for(tmp_path, missing):
-    (tmp_path / 'train.json').write_text(json.dumps({}))
-    (tmp_path / 'images').mkdir()
-    cli.require_datasets(dataset_config(tmp_path))
-    target = tmp_path / missing
-    target.rmdir() if target.is_dir() else target.unlink()
-    with pytest.raises(SystemExit) as error:
-        cli.require_datasets(dataset_config(tmp_path))
-    assert f'of train_dataloader.dataset not found: {target}' in str(error.value)
-    assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    'wrap',
-    [
-        lambda d: dict(type='RepeatDataset', times=2, dataset=d),
-        lambda d: dict(type='ConcatDataset', datasets=[d]),
-        lambda d: dict(type='MultiImageMixDataset', dataset=dict(type='Repeat', dataset=d)),
-    ],
-)
-def test_wrapped_data_sets_are_looked_into(tmp_path, wrap):
-    config = dataset_config(tmp_path)
-    config.train_dataloader.dataset = wrap(config.train_dataloader.dataset)
-    with pytest.raises(SystemExit, match=r'train\.json') as error:
-        cli.require_datasets(config)
-    key = re.search(r'set data_root, .* of (\S+) ', str(error.value))[1]
-    node = config
-    for part in key.split('.'):
-        node = node[int(part) if part.isdigit() else part]
-    assert node.ann_file == 'train.json'
-    cli.require_datasets(config, ('val_dataloader',))
-
-
-def config_with_classes(folder, classes, number):
-    (folder / 'images').mkdir()
-    categories = [dict(id=1, name='cat'), dict(id=2, name='dog')]
-    (folder / 'train.json').write_text(json.dumps(dict(categories=categories)))
-    config = dataset_config(folder)
-    dataset = config.train_dataloader.dataset
-    dataset.type = 'CocoDataset'
-    if classes:
-        dataset.metainfo = dict(classes=classes)
-    config.model = dict(roi_head=dict(bbox_head=[dict(num_classes=number)]))
-    return config
-
-
-@pytest.mark.parametrize(
-    ('classes', 'number', 'message'),
-    [
-        (('cat', 'dog'), 80, r'bbox_head\.0\.num_classes is 80, but \S+\.dataset has 2 classes'),
-        (None, 2, r'num_classes is 2, but \S+\.dataset has 80 classes \(person, '),
-        (('cat', 'dgo'), 2, r"\.classes has 'dgo', but \S+train\.json has 2 classes \(cat, dog\)"),
-    ],
-)
-def test_classes_that_mmdet_would_leave_out_are_named(tmp_path, classes, number, message):
-    with pytest.raises(SystemExit, match=message):
-        cli.require_datasets(config_with_classes(tmp_path, classes, number))
-
-
-def test_classes_that_fit_are_accepted(tmp_path):
-    cli.require_datasets(config_with_classes(tmp_path, ('dog', 'cat'), 2))
 
 
 def test_a_missing_base_is_named(tmp_path):
@@ -108,12 +63,130 @@ def test_a_missing_base_is_named(tmp_path):
         cli.load_config(str(path))
 
 
+def test_a_base_of_a_package_that_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr('mmengine.config.config.is_installed', lambda package: package == 'mmdet')
+    with pytest.raises(SystemExit, match=r'mmpretrain is not .* -r requirements/pretrain\.txt$'):
+        cli.load_config(str(ROOT / 'configs/pretrain/od_r18_shapes.py'))
+
+
+def test_a_config_with_an_error_of_syntax_is_named(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text('model = dict(')
+    with pytest.raises(SystemExit, match=r'config\.py'):
+        cli.load_config(str(path))
+
+
+def test_a_work_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / 'file').touch()
+    config = Config(dict(work_dir=str(tmp_path / 'file/work')))
+    with pytest.raises(SystemExit, match=r'work folder \S+/file/work cannot be written \(Not a'):
+        cli.build_runner(config)
+
+
+@pytest.fixture
+def _runner_is_its_model(monkeypatch):
+    """A whole runner takes seconds, most of them for a description of the machine."""
+    register_all_modules()
+    monkeypatch.setattr(cli.Runner, 'from_cfg', lambda config: MODELS.build(config.model))
+
+
+@pytest.mark.usefixtures('_runner_is_its_model')
+@pytest.mark.parametrize(
+    ('option', 'value', 'message'),
+    [
+        ('kernel_num', 'four', "kernel_num must be an integer, got 'four'"),
+        ('kernel_num', 2.5, 'kernel_num must be an integer, got 2.5'),
+        ('odconv_cfg', dict(strategy='best'), "strategy must be .*, got 'best'"),
+    ],
+)
+def test_a_wrong_argument_of_a_backbone_ends_in_one_sentence(tmp_path, option, value, message):
+    config = cli.load_config(CONFIG)
+    config.model.backbone[option] = value
+    config.work_dir = str(tmp_path)
+    with pytest.raises(SystemExit, match=f'^the ODConv layers of the config: {message}'):
+        cli.build_runner(config)
+
+
+class Start(BaseModule):
+    def __init__(self, checkpoint, **attributes):
+        super().__init__()
+        self.backbone = BaseModule(dict(type='Pretrained', checkpoint=checkpoint))
+        for name, value in attributes.items():
+            setattr(self.backbone, name, value)
+
+
+def test_weights_that_cannot_be_had_name_the_file_and_the_options(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    with pytest.raises(SystemExit) as error:
+        cli.require_start_weights(Start('torchvision://resnet50', frozen_stages=1))
+    message = str(error.value)
+    assert message.startswith('model.backbone.init_cfg.checkpoint=torchvision://resnet50 cannot be')
+    assert 'torchvision' in message.partition('(')[2]
+    assert re.search(r'fetch https://\S+/resnet50-\w+\.pth and set --cfg-options model', message)
+    assert message.endswith(
+        'model.backbone.init_cfg=None model.backbone.frozen_stages=-1 '
+        'model.backbone.norm_eval=False'
+    )
+    assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+    ('path', 'address'),
+    [
+        ('open-mmlab://mmdet/mobilenet_v2', 'https://.*/mobilenet_v2_batch256_imagenet-'),
+        ('mmcls://resnet50', 'https://.*/resnet50_8xb32_in1k_'),
+        ('https://example.org/a.pth', 'https://example.org/a.pth'),
+    ],
+)
+def test_without_a_network_the_address_is_named(monkeypatch, path, address):
+    def offline(*args, **kwargs):
+        raise OSError('no network')
+
+    monkeypatch.setattr('mmengine.runner.checkpoint.load_from_http', offline)
+    for loader in ('https://', 'http://'):
+        monkeypatch.setitem(CheckpointLoader._schemes, loader, offline)
+    with pytest.raises(SystemExit, match=rf'\(no network\); fetch {address}'):
+        cli.require_start_weights(Start(path))
+
+
+def test_start_weights_that_are_there_are_accepted(tmp_path):
+    torch.save({}, tmp_path / 'a.pth')
+    model = nn.ModuleDict(dict(module=Start(str(tmp_path / 'a.pth'))))
+    cli.require_start_weights(model, str(tmp_path / 'a.pth'))
+    (tmp_path / 'a.pth').unlink()
+    with pytest.raises(SystemExit, match=r'^model\.backbone\.init_cfg\.checkpoint not found: '):
+        cli.require_start_weights(model)
+
+
+def test_a_last_checkpoint_that_was_moved_is_named(tmp_path):
+    assert cli.latest_checkpoint(str(tmp_path)) is None
+    (tmp_path / 'last_checkpoint').write_text('/old/place/epoch_2.pth')
+    (tmp_path / 'epoch_2.pth').touch()
+    message = rf'names /old/place/epoch_2\.pth, which .*; go on by --resume {tmp_path}/epoch_2\.pth'
+    with pytest.raises(SystemExit, match=message):
+        cli.latest_checkpoint(str(tmp_path))
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_2.pth'))
+    assert cli.latest_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_2.pth')
+
+
+@pytest.mark.parametrize('content', [b'text', b'', b'\xff\xd8\xff\xe0 and no more'])
+def test_a_file_that_is_no_image_is_named(tmp_path, content):
+    path = tmp_path / 'a.jpg'
+    path.write_bytes(content)
+    for given in (path, *([tmp_path] if not content.startswith(b'\xff') else [])):
+        with pytest.raises(SystemExit, match=rf'^cannot be read as an image: {path}$'):
+            cli.find_images(str(given))
+
+
+@pytest.mark.usefixtures('_runner_is_its_model')
 @pytest.mark.parametrize(
     ('argument', 'value', 'message'),
     [
         ('include', 'backbone.stage5', 'include .*near names: backbone.stage4'),
         ('kernel_nums', 4, "there is no argument 'kernel_nums'; is it 'kernel_num'"),
         ('kernel_num', 0, 'kernel_num must be at least 1, got 0'),
+        ('kernel_num', 'four', "kernel_num must be an integer, got 'four'"),
+        ('min_channels', 'all', "min_channels must be an integer, got 'all'"),
     ],
 )
 def test_a_wrong_argument_of_the_conversion_ends_in_one_sentence(

@@ -96,7 +96,8 @@ def rates(model, optim_wrapper):
     }
 
 
-COCO = [p for p in DETECTORS if not p.stem.endswith(('coco128', 'bccd', 'shapes'))]
+SMALL = ('coco128', 'bccd', 'shapes', 'own')
+COCO = [p for p in DETECTORS if not p.stem.endswith(SMALL)]
 
 
 @pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
@@ -177,6 +178,13 @@ def test_a_config_names_classes_for_all_its_outputs(path):
         assert head.num_classes == len(classes)
 
 
+@pytest.mark.parametrize('path', DETECTORS, ids=lambda p: p.stem)
+def test_few_checkpoints_are_kept_and_the_best_among_them(path):
+    checkpoint = Config.fromfile(path).default_hooks.checkpoint
+    assert 1 < checkpoint.max_keep_ckpts <= 3
+    assert checkpoint.save_best == 'auto'
+
+
 def test_the_file_names_follow_the_rule_of_the_readme():
     rule = re.compile(
         # detector_od_backbone_kK_data
@@ -195,12 +203,11 @@ def test_the_metafile_lists_every_coco_config():
         for model in yaml.safe_load((ROOT / part).read_text())['Models']
     ]
     listed = {model['Config'] for model in models}
-    small = ('coco128', 'bccd', 'shapes')
-    assert listed == {str(p.relative_to(ROOT)) for p in DETECTORS if not p.stem.endswith(small)}
+    assert listed == {str(p.relative_to(ROOT)) for p in DETECTORS if not p.stem.endswith(SMALL)}
     assert all(ROOT.joinpath(model['Config']).stem == model['Name'] for model in models)
 
 
-@pytest.mark.parametrize('variable', ['COCO128_ROOT', 'BCCD_ROOT', 'SHAPES_ROOT'])
+@pytest.mark.parametrize('variable', ['COCO128_ROOT', 'BCCD_ROOT', 'SHAPES_ROOT', 'OWN_ROOT'])
 def test_data_roots_come_from_the_environment(monkeypatch, variable):
     name = variable.removesuffix('_ROOT').lower()
     path = next(p for p in DETECTORS if p.stem.endswith(name))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
@@ -145,6 +146,25 @@ def test_with_adamw_a_compensated_bank_moves_by_its_size(kernel_num):
     assert (group['lr'], group['weight_decay']) == pytest.approx(
         (RATE * size, DECAY / size), rel=0.01
     )
+
+
+def test_the_log_has_a_row_for_each_rate_and_no_line_for_each_parameter(tmp_path):
+    logger = MMLogger.get_instance('test_optim', log_file=str(tmp_path / 'log'))
+    model = Detector()
+    model.attention.requires_grad_(False)
+    rates(model, attention_lr_mult=0.1, norm_decay_mult=0.0)
+    text = (tmp_path / 'log').read_text()
+    assert 'paramwise_options' not in text
+    assert 'requires_grad' not in text
+    lines = text[text.index('Learning rates:') :].splitlines()[4:-1]
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+    banks = [row[1:4] for row in rows if row[0] == 'kernel banks of ODConv']
+    assert banks == [['0.01', '0.1', '2']]
+    assert {row[1] for row in rows if row[0] == 'attentions of ODConv'} == {'0.001'}
+    assert ['not trained', ''] in [row[1:3] for row in rows]
+    assert sum(int(row[3]) for row in rows) == len([*model.parameters()])
+    logger.info('paramwise_options -- of another constructor')
+    assert 'of another constructor' in (tmp_path / 'log').read_text()
 
 
 def test_frozen_parameters_are_left_out():

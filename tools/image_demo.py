@@ -34,19 +34,25 @@ def main() -> None:
     images = cli.find_images(args.image)[: args.limit]
     config = cli.load_config(args.config, args.cfg_options)
     cli.require_file(args.checkpoint, 'checkpoint')
+    cli.shorten_report(config)
     # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
     model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})
     cli.require_weights(model, args.checkpoint)
     if args.fuse_conv_bn:
         fuse_odconv_bn(model)
+    palette, classes = (model.dataset_meta.get(name) for name in ('palette', 'classes'))
+    if not isinstance(palette, str) and len(palette) < len(classes):
+        # The palette is that of the config's test data set, which may have other classes.
+        model.dataset_meta['palette'] = 'random'
     visualizer = VISUALIZERS.build(config.visualizer)
     visualizer.dataset_meta = model.dataset_meta
 
     out_dir = Path(args.out_dir)
     for path in images:
-        image = mmcv.imread(str(path), channel_order='rgb')
+        image = mmcv.imread(str(path))
         if image is None:
             raise SystemExit(f'cannot be read as an image: {path}')
+        image = mmcv.bgr2rgb(image)
         sample = inference_detector(model, str(path))
         # matplotlib 3.11 would enlarge the picture to hold boxes that reach beyond the image.
         boxes = sample.pred_instances.bboxes

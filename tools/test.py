@@ -2,7 +2,9 @@
 """Test a detector; the command line is that of mmdet's tools/test.py, --fuse-conv-bn and --onnx."""
 
 import argparse
+from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
@@ -10,9 +12,11 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_odconv import cli, fuse_odconv_bn
+from mmdet_odconv.dataset_checks import require_datasets
 from mmdet_odconv.deployment import use_onnx_network
 
 
@@ -88,13 +92,29 @@ def detector_of(model: nn.Module) -> nn.Module:
     return model
 
 
+def warn_of_classes(runner: Runner, meta: dict[str, Any]) -> None:
+    """Say so if the checkpoint was trained for other classes than the data set has."""
+    trained = (meta.get('dataset_meta') or {}).get('classes')
+    tested = runner.test_dataloader.dataset.metainfo.get('classes')
+    if trained and tested and tuple(trained) != tuple(tested):
+        runner.logger.warning(
+            f'The checkpoint was trained for the classes {_listed(trained)}, but the data set of '
+            f'test_dataloader has {_listed(tested)}: is this the config it was trained with?'
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f'({", ".join(names[:5])}{", …" if len(names) > 5 else ""})'
+
+
 def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     config = cli.runner_config(args)
     cli.require_file(args.checkpoint, 'checkpoint')
-    cli.require_datasets(config, ('test_dataloader',))
+    require_datasets(config, ('test_dataloader',))
     config.load_from, config.resume = args.checkpoint, False
+    cli.shorten_report(config)
 
     if args.show or args.show_dir:
         config = trigger_visualization_hook(config, args)
@@ -107,7 +127,8 @@ def main() -> None:
     if args.fuse_conv_bn or args.onnx:
         drop_ema(config)
     runner = cli.build_runner(config)
-    cli.require_weights(detector_of(runner.model), args.checkpoint)
+    meta = cli.require_weights(detector_of(runner.model), args.checkpoint)
+    warn_of_classes(runner, meta)
     if args.fuse_conv_bn:
         runner.load_or_resume()  # the statistics to fold are the checkpoint's
         runner.model.eval()

@@ -16,3 +16,6 @@ optim_wrapper = dict(
     constructor='ODConvOptimWrapperConstructor',
     paramwise_cfg=dict(attention_lr_mult=0.1, bank_lr_mult='compensated'),
 )
+
+# Of the checkpoints the last three stay, and the best by validation AP.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))

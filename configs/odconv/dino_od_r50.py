@@ -15,3 +15,6 @@ model = dict(
 optim_wrapper = dict(
     constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(bank_lr_mult='compensated')
 )
+
+# Of the checkpoints the last three stay, and the best by validation AP.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))

@@ -12,3 +12,6 @@ model = dict(
 optim_wrapper = dict(
     constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(attention_lr_mult=0.1)
 )
+
+# Of the checkpoints the last three stay, and the best by validation AP.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))

@@ -18,3 +18,6 @@ optim_wrapper = dict(
 
 # 8 GPUs with 32 images each; MMDetection's config does not say so.
 auto_scale_lr = dict(base_batch_size=256)
+
+# Of the checkpoints the last three stay, and the best by validation AP.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))

@@ -22,6 +22,7 @@ def build_odconv_model(
     model: dict[str, Any] | None = None,
     data_preprocessor: dict[str, Any] | nn.Module | None = None,
     attention_pool: str = 'all',
+    report: str = 'table',
     **fields: Any,
 ) -> nn.Module:
     """Build a model, replace plain convolutions by ODConv, and return the model.
@@ -37,7 +38,7 @@ def build_odconv_model(
             _delete_=True, type='ODConvModel', model={{_base_.model}}, odconv=dict(kernel_num=4)
         )
 
-    The report of the conversion goes to the log.
+    A report of the conversion goes to the log.
 
     Args:
         odconv (dict, optional): Arguments of :func:`~mmdet_odconv.convert_to_odconv`. Default:
@@ -48,19 +49,23 @@ def build_odconv_model(
         attention_pool (str): 'all', or 'valid' for attentions that leave out the padding of the
             batch (:func:`~mmdet_odconv.use_valid_pooling`). A detector whose config has an OD
             backbone needs ``odconv=dict(include=[])`` besides. Default: 'all'.
+        report (str): What goes to the log: 'table', which has what was kept and why, or 'summary',
+            a line. Default: 'table'.
         **fields: Fields of the model's config, in place of ``model``'s.
 
     Returns:
         nn.Module: The model, of its own class.
 
     Raises:
-        ValueError: Neither ``detector`` nor ``model`` says what to build, or ``attention_pool`` is
-            neither 'all' nor 'valid'.
+        ValueError: Neither ``detector`` nor ``model`` says what to build, ``attention_pool`` is
+            neither 'all' nor 'valid', or ``report`` is neither 'table' nor 'summary'.
         ConversionError: A ValueError. The model has a field ``detector`` itself, as SoftTeacher
             and the trackers have, and needs the second form.
     """
     if attention_pool not in ('all', 'valid'):
         raise ValueError(f"attention_pool must be 'all' or 'valid', got {attention_pool!r}")
+    if report not in ('table', 'summary'):
+        raise ValueError(f"report must be 'table' or 'summary', got {report!r}")
     config = {**copy.copy(model or {}), **fields}
     if detector is not None:
         if not isinstance(detector, str) or _has_detector_field(detector):
@@ -77,10 +82,11 @@ def build_odconv_model(
         config.setdefault('data_preprocessor', data_preprocessor)
     # From this registry mmengine finds the models of the default scope, and mmdet's without one.
     built = DETECTORS.build(config)
-    report = convert_to_odconv(built, **(odconv or {}))
+    done = convert_to_odconv(built, **(odconv or {}))
     if attention_pool == 'valid':
         use_valid_pooling(built)
-    print_log(f'ODConv in {type(built).__name__}:\n{report}', logger='current', level=logging.INFO)
+    text = f'\n{done}' if report == 'table' else f' {done.summary()}'
+    print_log(f'ODConv in {type(built).__name__}:{text}', logger='current', level=logging.INFO)
     return built
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..deployment import keep_fuse_methods_right
+from ..functional.arguments import ArgumentError, check_integer
 from ..layers import DYNAMIC_TYPES, ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation
@@ -86,6 +87,10 @@ def convert_to_odconv(
             of its range. The model is unchanged.
     """
     _require_known(odconv_args)
+    try:
+        check_integer('min_channels', min_channels, least=0)
+    except ArgumentError as error:
+        raise ConversionError(str(error)) from error
     types = _layer_types(layer)
     if reduction is not None:
         odconv_args['reduction'] = reduction

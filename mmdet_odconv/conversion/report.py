@@ -35,7 +35,7 @@ class ConversionReport:
         """A table with one row for each convolution."""
         rows = [[name, 'converted'] for name in self.converted]
         rows += [[name, f'kept: {reason}'] for name, reason in self.kept]
-        return f'{_table([["convolution", ""], *rows])}\n{self._summary()}'
+        return f'{_table([["convolution", ""], *rows])}\n{self._parameters()}'
 
     def __str__(self) -> str:
         rows = [['', 'convolutions', 'names (* is any number)']]
@@ -43,9 +43,16 @@ class ConversionReport:
         for reason, number in self.reasons().items():
             names = [name for name, why in self.kept if why == reason]
             rows.append([f'kept: {reason}', str(number), _shortened(names)])
-        return f'{_table(rows)}\n{self._summary()}'
+        return f'{_table(rows)}\n{self._parameters()}'
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """The numbers in one line."""
+        return (
+            f'{len(self.converted)} convolutions converted, {len(self.kept)} kept; '
+            f'{self._parameters()}'
+        )
+
+    def _parameters(self) -> str:
         before, after = self.parameters_before / 1e6, self.parameters_after / 1e6
         return f'parameters: {before:.2f} M before, {after:.2f} M after'
 

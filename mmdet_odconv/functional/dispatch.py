@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.benchmark import Timer
 
+from .arguments import ArgumentError
 from .cpu_grouped_conv import CpuGroupedConv
 from .cpu_im2col import CpuIm2col
 from .cpu_im2col_single_kernel import CpuIm2colSingleKernel
@@ -84,10 +85,10 @@ def check_strategy(strategy: str, kernel_num: int) -> None:
     """Refuse a strategy that does not exist or that cannot take a bank of K kernels.
 
     Raises:
-        ValueError: The message names the strategy and what is possible.
+        ArgumentError: A ValueError. The message names the strategy and what is possible.
     """
     if strategy not in (*STRATEGIES, 'auto', 'benchmark'):
-        raise ValueError(
+        raise ArgumentError(
             f"strategy must be 'auto', 'benchmark' or one of {STRATEGIES}, got {strategy!r}"
         )
     if strategy == CpuIm2colSingleKernel.name:
@@ -164,7 +165,7 @@ def _problem(
 def _require_support(implementation: type[Implementation], problem: Problem) -> None:
     reason = implementation.unsupported_reason(problem)
     if reason is not None:
-        raise ValueError(f'strategy {implementation.name!r} cannot be used: {reason}')
+        raise ArgumentError(f'strategy {implementation.name!r} cannot be used: {reason}')
 
 
 class Measurements:

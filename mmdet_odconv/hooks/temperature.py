@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..functional import annealed_temperature
+from ..functional.arguments import ArgumentError, check_integer, check_number
 from ..layers import set_temperature
 
 # They start over in the middle of a batch, so that no data loader ever comes to its end.
@@ -46,11 +47,11 @@ class ODConvTemperatureHook(Hook):
         anneal_iters: int | None = None,
         schedule: str = 'linear',
     ) -> None:
-        if not initial >= 1:
-            raise ValueError(f'initial must be at least 1, got {initial}')
+        if not check_number('initial', initial) >= 1:
+            raise ArgumentError(f'initial must be at least 1, got {initial}')
         for name, value in (('anneal_epochs', anneal_epochs), ('anneal_iters', anneal_iters)):
-            if value is not None and value < 0:
-                raise ValueError(f'{name} must not be negative, got {value}')
+            if value is not None:
+                check_integer(name, value, least=0)
         annealed_temperature(1, 1, initial, schedule)  # refuses an unknown schedule now
         self.initial = initial
         self.anneal_epochs = anneal_epochs

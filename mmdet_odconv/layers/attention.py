@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat import is_compiling, without_autocast
 from ..functional import Attentions, at_least_float32, sigmoid_attention, softmax_attention
+from ..functional.arguments import ArgumentError, check_integer, check_number, check_positive
 from ..functional.attention import cast
 
 
@@ -86,20 +87,16 @@ class ODConvAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernel_num < 1:
-            raise ValueError(f'kernel_num must be at least 1, got {kernel_num}')
-        if reduction is not None and reduction <= 0:
-            raise ValueError(f'reduction must be positive, got {reduction}')
-        if min_attention_channels < 1:
-            raise ValueError(
-                f'min_attention_channels must be at least 1, got {min_attention_channels}'
-            )
+        check_integer('kernel_num', kernel_num, least=1)
+        check_integer('min_attention_channels', min_attention_channels, least=1)
+        if reduction is not None:
+            check_positive('reduction', reduction)
         if attention_init not in ('zero', 'published'):
-            raise ValueError(
+            raise ArgumentError(
                 f"attention_init must be 'zero' or 'published', got {attention_init!r}"
             )
         if kernel_activation not in ('softmax', 'sigmoid'):
-            raise ValueError(
+            raise ArgumentError(
                 f"kernel_activation must be 'softmax' or 'sigmoid', got {kernel_activation!r}"
             )
         _check_attentions(attentions, kernel_num)
@@ -110,8 +107,8 @@ class ODConvAttention(nn.Module):
             softmax_attention if softmax else sigmoid_attention,
         )
         self.attention_init = attention_init
-        self.attention_bias = attention_bias
-        self.initial_temperature = _positive(temperature)
+        self.attention_bias = check_number('attention_bias', attention_bias)
+        self.initial_temperature = check_positive('temperature', temperature)
 
         positions = math.prod(kernel_size)
         # Depthwise, c already scales each filter.
@@ -197,7 +194,7 @@ class ODConvAttention(nn.Module):
         Raises:
             ValueError: The temperature is not positive.
         """
-        self.temperature.fill_(_positive(temperature))
+        self.temperature.fill_(check_positive('temperature', temperature))
 
     def forward(self, x: Tensor) -> Attentions:
         """The attentions of each sample, float32 or wider.
@@ -347,9 +344,9 @@ _SINGLE_SAMPLE = (
 def _check_attentions(attentions: Sequence[str], kernel_num: int) -> None:
     known = Attentions._fields
     if isinstance(attentions, str) or not set(attentions) <= set(known):
-        raise ValueError(f'attentions must be some of {known}, got {attentions!r}')
+        raise ArgumentError(f'attentions must be some of {known}, got {attentions!r}')
     if kernel_num > 1 and 'kernel' not in attentions:
-        raise ValueError(
+        raise ArgumentError(
             f"a bank of several kernels needs the 'kernel' attention, got kernel_num={kernel_num} "
             f'and attentions={attentions!r}'
         )
@@ -358,12 +355,6 @@ def _check_attentions(attentions: Sequence[str], kernel_num: int) -> None:
 def _ones(x: Tensor) -> Tensor:
     """The channel attention where there is none."""
     return x.new_ones(x.shape[:2], dtype=at_least_float32(x.dtype))
-
-
-def _positive(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f'temperature must be positive, got {temperature}')
-    return float(temperature)
 
 
 def _is_synchronised(norm: _BatchNorm) -> bool:

@@ -5,6 +5,7 @@ Paper: Omni-Dimensional Dynamic Convolution (https://openreview.net/forum?id=Dmp
 
 import zlib
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from ..functional import (
     odconv,
     squeeze,
 )
+from ..functional.arguments import ArgumentError, check_integer
 from .attention import ODConvAttention
 from .valid_pooling import ValidSizes
 
@@ -345,34 +347,36 @@ class _ODConvNd(nn.Module):
 
     def _sizes(self, name: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
         """``value`` as one int for each spatial dimension, none under ``least``."""
-        sizes = (value,) * self.ndim if isinstance(value, int) else tuple(value)
-        if len(sizes) != self.ndim or any(size < least for size in sizes):
-            raise ValueError(
-                f'{name} must be an int or {self.ndim} ints, each at least {least}, got {value}'
+        sizes = tuple(value) if isinstance(value, Sequence) else (value,) * self.ndim
+        integers = all(isinstance(s, Integral) and s >= least for s in sizes)
+        if len(sizes) != self.ndim or not integers:
+            raise ArgumentError(
+                f'{name} must be an int or {self.ndim} ints, each at least {least}, got {value!r}'
             )
         return sizes
 
     def _check_arguments(self) -> None:
         for name in ('in_channels', 'out_channels', 'groups'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}')
+            check_integer(name, getattr(self, name), least=1)
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
-                raise ValueError(
+                raise ArgumentError(
                     f'{name} must be divisible by groups, '
                     f'got {name}={getattr(self, name)} and groups={self.groups}'
                 )
         if isinstance(self.padding, str):
             if self.padding not in ('same', 'valid'):
-                raise ValueError(f"padding must be 'same', 'valid' or int(s), got {self.padding!r}")
+                raise ArgumentError(
+                    f"padding must be 'same', 'valid' or int(s), got {self.padding!r}"
+                )
             if self.padding == 'same' and any(s != 1 for s in self.stride):
-                raise ValueError(f"padding='same' needs stride 1, got stride={self.stride}")
+                raise ArgumentError(f"padding='same' needs stride 1, got stride={self.stride}")
         if not self.spread >= 0:
-            raise ValueError(f'spread must not be negative, got {self.spread}')
+            raise ArgumentError(f'spread must not be negative, got {self.spread}')
         check_strategy(self.strategy, self.kernel_num)
         modes = ('zeros', 'reflect', 'replicate', 'circular')
         if self.padding_mode not in modes:
-            raise ValueError(f'padding_mode must be one of {modes}, got {self.padding_mode!r}')
+            raise ArgumentError(f'padding_mode must be one of {modes}, got {self.padding_mode!r}')
 
 
 @MODELS.register_module()

@@ -29,14 +29,14 @@ SMALL = [
 ]
 
 
-def run_tool(name, *args, shapes=None, ok=True, **env):
+def run_tool(name, *args, shapes=None, ok=True, folder=ROOT, **env):
     if shapes:
         env['SHAPES_ROOT'] = str(shapes)
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / name), *map(str, args)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **env},
     )
     assert (result.returncode == 0) == ok, result.stdout[-3000:] + result.stderr[-3000:]

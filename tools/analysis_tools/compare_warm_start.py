@@ -27,6 +27,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmdet_odconv import ODConv2d, cli, load_official_checkpoint
+from mmdet_odconv.dataset_checks import require_datasets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/odconv/retinanet_od_mobilenetv2_bccd.py'
@@ -239,7 +240,7 @@ def spread(values: list[float], digits: int) -> str:
 def main() -> None:
     args = parse_args()
     register_all_modules()
-    cli.require_datasets(cli.load_config(str(CONFIG)))
+    require_datasets(cli.load_config(str(CONFIG)))
     args.work_dir.mkdir(parents=True, exist_ok=True)
     file = args.work_dir / 'results.json'
     results = json.loads(file.read_text()) if file.is_file() else {}

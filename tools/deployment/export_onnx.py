@@ -61,6 +61,7 @@ def main() -> None:
     cli.require_file(args.checkpoint, 'checkpoint')
     cli.require_new_file(args.out, args.force)
     paths = cli.find_images(args.images)[: args.limit] if args.images else []
+    cli.shorten_report(config)
     detector = init_detector(config, args.checkpoint, device='cpu')
 
     # Under another name until it has passed, so that a bad file is never taken for a good one.

@@ -1,0 +1,175 @@
+"""What must be true of the data sets of a config before a run starts.
+
+Of most of it mmdet itself says nothing: it leaves objects out, or ends with an error far from the
+cause, in the first validation at the latest.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+
+from .cli import not_found
+
+DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+# Reading COCO's own annotations takes mmdet half a minute, which is not to be spent twice.
+_MOST_BYTES = 50_000_000
+
+
+def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:
+    """End the program unless the data sets are there and have the classes of the detector.
+
+    Args:
+        config (Config): A whole config.
+        dataloaders (Sequence[str]): The data loaders to look at. Default: all three.
+
+    Raises:
+        SystemExit: A file or folder is missing (the message has the path looked for), an
+            annotation file is broken or empty, ``metainfo`` is not what mmdet reads, a class is
+            none of the annotation file's, or a head has another number of classes.
+    """
+    for name in dataloaders:
+        for key, dataset in _datasets(config.get(name), name):
+            _require_files(key, dataset)
+            if _is_coco(dataset):
+                classes = _classes(key, dataset)
+                if classes is not None:
+                    _require_heads(key, classes, config.get('model') or {})
+                _require_annotations(key, dataset, classes, training=name == DATALOADERS[0])
+
+
+def _datasets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """The data-set configs with files of their own in a data-loader config, wrapped ones too.
+
+    Each comes with its dotted key.
+    """
+    if isinstance(node, dict):
+        inner = [child for child in ('dataset', 'datasets') if child in node]
+        for child in inner:
+            yield from _datasets(node[child], f'{key}.{child}')
+        # With a file backend of its own (an object store, say) the files are not on this disk.
+        own_files = not inner and (node.get('ann_file') or node.get('data_root'))
+        if own_files and not node.get('backend_args'):
+            yield key, node
+    elif isinstance(node, (list, tuple)):
+        for i, item in enumerate(node):
+            yield from _datasets(item, f'{key}.{i}')
+
+
+def _is_coco(dataset: Any) -> bool:
+    """Whether a data set is read from one file in COCO's format."""
+    kind = DATASETS.get(dataset.type) if isinstance(dataset.get('type'), str) else None
+    return kind is not None and issubclass(kind, CocoDataset) and bool(dataset.get('ann_file'))
+
+
+def _require_files(key: str, dataset: Any) -> None:
+    prefix = dataset.get('data_prefix') or {}
+    folders = [prefix] if isinstance(prefix, str) else list(prefix.values())
+    # An annotation file or folder with a path of its own does not need the root.
+    wanted = [('annotation file', dataset.get('ann_file'))]
+    wanted += [('image folder', folder) for folder in folders]
+    if not any(path for _, path in wanted):
+        wanted = [('data_root', '.')]
+    for what, path in wanted:
+        full = os.path.normpath(_full(dataset, path)) if path else ''
+        if full and '://' not in _full(dataset, path) and not os.path.exists(full):
+            raise SystemExit(
+                f'{not_found(full, f"{what} of {key}")}; put the data there, or set data_root, '
+                f'ann_file and data_prefix of {key} (docs/own_data.md)'
+            )
+
+
+def _full(dataset: Any, path: str) -> str:
+    return os.path.join(dataset.get('data_root') or '', path)
+
+
+def _classes(key: str, dataset: Any) -> list[str] | None:
+    """The names of the classes as mmdet will take them; None where there are none."""
+    own = dataset.get('metainfo')
+    if own is not None and not isinstance(own, dict):
+        raise SystemExit(f"{key}.metainfo must be dict(classes=('cat', 'dog')), got {own!r}")
+    for name in own or {}:
+        if name != name.lower():
+            raise SystemExit(
+                f'{key}.metainfo has {name!r}, which MMDetection 3 does not read; write '
+                f'{name.lower()!r}'
+            )
+    metainfo = {**DATASETS.get(dataset.type).METAINFO, **(own or {})}
+    classes = metainfo.get('thing_classes') or metainfo.get('classes')
+    if isinstance(classes, str):
+        if not os.path.isfile(classes):
+            raise SystemExit(
+                f'{key}.metainfo.classes is the text {classes!r}, which is no file with a class on '
+                f"each line; for a single class write ('{classes}',) with its comma"
+            )
+        classes = Path(classes).read_text(encoding='utf-8').splitlines()
+    return None if classes is None else list(classes)
+
+
+def _require_heads(key: str, classes: list[str], model: Any) -> None:
+    for head, number in _class_numbers(model, 'model'):
+        if number != len(classes):
+            raise SystemExit(
+                f'{head}.num_classes is {number}, but {key} has {_counted(classes)}; '
+                f'set {head}.num_classes, or the names in {key}.metainfo.classes'
+            )
+
+
+def _require_annotations(key: str, dataset: Any, classes: list[str] | None, training: bool) -> None:
+    """Look into the annotation file, unless it is a large one with the classes of its type."""
+    path = _full(dataset, dataset.ann_file)
+    own = dataset.get('metainfo')
+    if not os.path.isfile(path) or (not own and os.path.getsize(path) > _MOST_BYTES):
+        return
+    where = f'{path}, the annotation file of {key},'
+    try:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise SystemExit(f'{where} is not JSON: {error}') from error
+    needed = ('images', 'categories', 'annotations') if training else ('images', 'categories')
+    for name in needed:
+        if not isinstance(content, dict) or not content.get(name):
+            raise SystemExit(f"{where} has no {name}, which a file in COCO's format has")
+    try:
+        categories = [category['name'] for category in content['categories']]
+        first = content['images'][0].get('file_name')  # LVIS has none
+    except (AttributeError, KeyError, TypeError) as error:
+        raise SystemExit(f"{where} is not in COCO's format: {error!r}") from error
+    for name in (classes or []) if own else []:
+        if name not in categories:
+            origin = f'{key}.metainfo.classes has'
+            if 'classes' not in dataset.metainfo:
+                origin = f'{key}.metainfo has no classes, so those of {dataset.type} hold, with'
+            raise SystemExit(f'{origin} {name!r}, but {path} has {_counted(categories)}')
+    prefix = dataset.get('data_prefix') or {}
+    folder = prefix if isinstance(prefix, str) else prefix.get('img') or ''
+    image = os.path.join(_full(dataset, folder), first or '')
+    if '://' not in image and not os.path.exists(image):
+        raise SystemExit(
+            f'{not_found(image, f"the first image of {key}")}; {path} names it, so set '
+            f'{key}.data_prefix.img to the folder of the images'
+        )
+
+
+def _class_numbers(model: Any, key: str) -> Iterator[tuple[str, int]]:
+    """The ``num_classes`` of the box heads in a model's config, with the keys of the heads."""
+    if isinstance(model, (list, tuple)):
+        for i, item in enumerate(model):
+            yield from _class_numbers(item, f'{key}.{i}')
+    # Detectors that read text have an output for each word, not for each class.
+    elif isinstance(model, dict) and 'language_model' not in model:
+        if '.bbox_head' in key and 'num_classes' in model:
+            yield key, model['num_classes']
+        else:
+            for name, child in model.items():
+                yield from _class_numbers(child, f'{key}.{name}')
+
+
+def _counted(names: Sequence[str]) -> str:
+    shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
+    return f'{len(names)} classes ({shown})'

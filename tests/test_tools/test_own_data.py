@@ -1,0 +1,113 @@
+"""docs/own_data.md, followed on generated images."""
+
+import os
+import re
+import shlex
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from mmdet_odconv import ODConv2d
+from mmdet_odconv.dataset_checks import require_datasets
+from tests.conftest import ROOT
+from tests.test_tools.test_train_and_test import run_tool
+
+PAGE = (ROOT / 'docs/own_data.md').read_text()
+CLASSES = ('circle', 'square', 'triangle', 'star', 'cross')
+SMALL = [
+    'train_cfg.max_epochs=1',
+    'train_cfg.val_interval=1',
+    'model.backbone.base_channels=8',
+    'model.neck.in_channels=[8,16,32,64]',
+    'default_hooks.checkpoint.interval=1',
+    *(
+        f'{name}_dataloader.{option}'
+        for name in ('train', 'val', 'test')
+        for option in ('num_workers=0', 'persistent_workers=False')
+    ),
+]
+
+
+def section(title):
+    return PAGE.partition(f'\n## {title}\n')[2].partition('\n## ')[0]
+
+
+def commands(title):
+    lines = '\n'.join(re.findall(r'```shell\n(.*?)```', section(title), re.DOTALL)).splitlines()
+    return [shlex.split(line) for line in lines if line]
+
+
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    """A folder as the page wants it, and the configs with its classes and smaller images."""
+    root = tmp_path_factory.mktemp('own_data')
+    data = root / 'data/own'
+    run_tool('make_shapes_dataset.py', data, '--train', 8, '--val', 4, '--size', 96, 96)
+    for part in ('train', 'val'):
+        (data / f'annotations/instances_{part}.json').rename(data / f'annotations/{part}.json')
+    shutil.copytree(ROOT / 'configs', root / 'configs')
+    path = root / 'configs/_base_/datasets/own_detection.py'
+    text = path.read_text()
+    for old, new in (("('cat', 'dog')", repr(CLASSES)), ('scale = (640, 640)', 'scale = (96, 96)')):
+        assert old in section('A small detector from scratch')
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return SimpleNamespace(root=root, data=data)
+
+
+@pytest.mark.slow
+def test_a_small_detector(own, monkeypatch):
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    monkeypatch.chdir(own.root)
+    *walk, longer = commands('A small detector from scratch')
+    names = [os.path.basename(command[1]) for command in walk]
+    assert names == ['train.py', 'test.py', 'image_demo.py', 'export_onnx.py', 'test.py']
+    work_dir = own.root / 'work_dirs/retinanet_od_r18_own'
+    for command in walk:
+        args = [arg.replace('epoch_12', 'epoch_1') for arg in command[2:]]
+        run_tool(command[1].removeprefix('tools/'), *args, '--cfg-options', *SMALL, folder=own.root)
+    assert (work_dir / 'epoch_1.pth').is_file()
+    assert len([*(own.root / 'outputs').glob('*.png')]) == 4
+    config = Config.fromfile(own.root / longer[2])
+    config.merge_from_dict(dict(option.split('=') for option in longer[4:]))
+
+
+def zoo_config(own):
+    blocks = re.findall(r'```python\n(.*?)```', section('A detector of the zoo'), re.DOTALL)
+    assert len(blocks) == 2
+    text = '\n'.join(blocks).replace("('cat', 'dog')", repr(CLASSES))
+    path = own.root / 'own_yolox.py'
+    path.write_text(text.replace('num_classes=2', 'num_classes=5'))
+    return Config.fromfile(path)
+
+
+def test_a_detector_of_the_zoo_is_shortened_and_shrunk(own, monkeypatch):
+    monkeypatch.chdir(own.root)
+    register_all_modules()
+    config = zoo_config(own)
+    require_datasets(config)
+    assert any(isinstance(m, ODConv2d) for m in MODELS.build(config.model).modules())
+    # The schedule ends where the training does, and each part begins where the one before ends.
+    warm_up, cosine, constant = config.param_scheduler
+    assert (warm_up.end, cosine.end, constant.end) == (1, 25, 30)
+    assert (cosine.begin, constant.begin) == (warm_up.end, cosine.end)
+    assert config.train_cfg.max_epochs == constant.end
+    assert config.custom_hooks[0].type == 'YOLOXModeSwitchHook'
+    assert config.custom_hooks[0].num_last_epochs == constant.end - constant.begin
+    # No transform is left with the old size.
+    for pipeline in (
+        config.train_dataloader.dataset.pipeline,
+        config.val_dataloader.dataset.pipeline,
+        config.test_dataloader.dataset.pipeline,
+    ):
+        sizes = {t.get('img_scale', t.get('scale', (320, 320))) for t in pipeline}
+        assert sizes == {(320, 320)}
+    assert config.train_dataloader.dataset.pipeline[1].border == (-160, -160)
+    assert config.model.data_preprocessor.batch_augments[0].random_size_range == (256, 384)
+    assert config.train_dataloader.dataset.dataset.metainfo.classes == CLASSES
