@@ -17,9 +17,10 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from .checkpoint import CheckpointFileError, read_checkpoint
 from .conversion.errors import ConversionError
 from .layers.odconv import _ODConvNd
 
@@ -137,19 +138,17 @@ def require_weights(model: nn.Module, path: str) -> None:
         path (str): The checkpoint, as MMEngine takes it.
 
     Raises:
-        SystemExit: The file cannot be read, or entries are missing or have other shapes. The
-            message names the first of them, and both numbers of kernels or of classes.
+        SystemExit: The file cannot be read, or entries are missing, have other shapes or values
+            that are not finite. The message names the first of them, and both numbers of kernels
+            or of classes.
     """
     try:
-        content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    except Exception as error:  # bytes that are no checkpoint can raise anything
-        reason = str(error).strip().partition('\n')[0]
-        raise SystemExit(f'{path} cannot be read as a checkpoint: {reason}') from error
-    state_dict = content.get('state_dict', content) if isinstance(content, dict) else content
-    if not isinstance(state_dict, dict):
-        raise SystemExit(f'{path} has no state dict, but a {type(state_dict).__name__}')
+        content = read_checkpoint(path)
+    except CheckpointFileError as error:
+        raise SystemExit(str(error)) from error
+    state_dict = content.get('state_dict', content)
     entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
-    complaints = _other_shapes(model, entries)
+    complaints = _other_shapes(model, entries) + _not_finite(entries)
     if not complaints:
         own: Any = type(state_dict)(entries)
         if hasattr(state_dict, '_metadata'):
@@ -195,6 +194,17 @@ def _other_shapes(model: nn.Module, entries: dict[str, Any]) -> list[str]:
         more = f' (and {len(others) - 1} more like it)' if len(others) > 1 else ''
         complaints.append(others[0] + more)
     return complaints
+
+
+def _not_finite(entries: dict[str, Any]) -> list[str]:
+    names = [
+        name
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and not value.isfinite().all()
+    ]
+    if not names:
+        return []
+    return [f'{len(names)} of its weights have values that are not finite, such as {names[0]}']
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,15 @@
 """Train a detector; the command line is that of mmdet's tools/train.py."""
 
 import argparse
+from typing import Any
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 
 from mmdet_odconv import cli
+from mmdet_odconv.checkpoint import CheckpointFileError, latest_checkpoint, read_checkpoint
+from mmdet_odconv.hooks import CheckpointError, NonFiniteError
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,6 +30,50 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_guards(config: Config) -> None:
+    """Add the hooks of docs/reliability.md that the config does not name itself.
+
+    A config with a checkpoint hook of its own kind, or without any, keeps that.
+    """
+    if 'runner_type' in config:  # a runner that saves in its own way
+        return
+    config.setdefault('default_hooks', {})
+    checkpoint = config.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+    if checkpoint and _name(checkpoint) == 'CheckpointHook':
+        checkpoint.type = 'SafeCheckpointHook'
+    guards = ['NonFiniteHook']
+    if checkpoint and _name(checkpoint) == 'SafeCheckpointHook':
+        guards.append('PreemptionHook')
+    hooks = list(config.get('custom_hooks') or [])
+    present = {_name(hook) for hook in hooks}
+    config.custom_hooks = hooks + [dict(type=name) for name in guards if name not in present]
+
+
+def _name(hook: dict[str, Any]) -> str:
+    """The name of a hook's class, which a config has as the class itself or with a scope too."""
+    kind = hook['type']
+    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+
+
+def resume(config: Config, path: str) -> None:
+    """Let the training go on from a checkpoint.
+
+    Args:
+        config (Config): The config, which is changed.
+        path (str): The checkpoint, or 'auto' for the latest in the work folder. If there is none,
+            the training starts from its beginning.
+    """
+    latest = latest_checkpoint(config.work_dir) if path == 'auto' else path
+    if latest is None:
+        return
+    config.resume, config.load_from = True, latest
+    # MMEngine sets a seed that it drew itself only after the order of the images was drawn.
+    seed = read_checkpoint(latest).get('meta', {}).get('seed')
+    randomness = config.setdefault('randomness', {})
+    if randomness.get('seed') is None:
+        randomness.seed = seed
+
+
 def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
@@ -40,15 +89,24 @@ def main() -> None:
                 f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} lacks'
             )
         config.auto_scale_lr.enable = True
-    if args.resume == 'auto':
-        config.resume, config.load_from = True, None
-    elif args.resume is not None:
+    if args.resume not in (None, 'auto'):
         cli.require_file(args.resume, 'checkpoint')
-        config.resume, config.load_from = True, args.resume
     elif config.get('load_from'):
         cli.require_file(config.load_from, 'checkpoint')
+    add_guards(config)
 
-    cli.build_runner(config).train()
+    try:
+        if args.resume is not None:
+            resume(config, args.resume)
+        elif config.get('load_from'):
+            read_checkpoint(config.load_from)
+        runner = cli.build_runner(config)
+        if config.get('resume'):
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            cli.require_weights(model, config.load_from)
+        runner.train()
+    except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == '__main__':
