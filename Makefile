@@ -3,6 +3,9 @@
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
 #   make test   the test suite
 #   make lint   ruff and mypy
+#   make faults trainings that are killed, on full disks, with broken files: a quarter of an hour
+#   make fuzz   3,000 layers with options drawn by chance, against the formula
+#   make load   memory and open files over 2,000 iterations, many image sizes, many threads
 #   make study      the tables and figures of docs/study.md, from the logs of its runs
 #   make study-run  train the runs that have no log yet: hours
 #   make cuda   the tests and the benchmark on a GPU, written to work_dirs/benchmark_cuda*.json
@@ -21,7 +24,7 @@ DEMO_CONFIG := configs/odconv/retinanet_od_r18_shapes.py
 DEMO_DIR := work_dirs/demo
 DEMO_DATA := data/shapes
 
-.PHONY: demo test lint cuda study study-run clean setup
+.PHONY: demo test lint faults fuzz load cuda study study-run clean setup
 
 setup: $(READY)
 
@@ -31,6 +34,15 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_venv.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_properties.py
+
+load: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m load --numprocesses=0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,14 +4,13 @@ All generators are drawn from: by the data set, by the dropout and by the valida
 """
 
 import multiprocessing
-import os
 import random
-import signal
 import time
 from unittest import mock
 
 import numpy as np
 import torch
+import torch._dynamo  # which else each child process imports by itself
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
@@ -38,17 +37,13 @@ class Images(Dataset):
 
 
 class Model(BaseModel):
-    """Two ODConv layers; ``pause`` is how many seconds an iteration takes at least."""
-
-    def __init__(self, pause=0.0):
+    def __init__(self):
         super().__init__()
         self.first = ODConv2d(4, 6, 3, norm_cfg=dict(type='BN'))
         self.dropout = nn.Dropout(0.3)
         self.second = ODConv2d(6, 2, 3)
-        self.pause = pause
 
     def forward(self, inputs, mode='loss'):
-        time.sleep(self.pause)
         x = self.second(self.dropout(self.first(inputs)))
         return dict(loss=x.square().mean()) if mode == 'loss' else list(x)
 
@@ -75,28 +70,27 @@ def runner(work_dir, epochs=4, resume=False, hooks=(), checkpoint=None, **option
         sampler = dict(type='InfiniteSampler', shuffle=True)
     loader = dict(
         dataset=Images(),
-        batch_size=BATCH,
+        batch_size=options.get('batch_size', BATCH),
         collate_fn=dict(type='default_collate'),
         num_workers=options.get('num_workers', 0),
     )
     hook = dict(type='SafeCheckpointHook', interval=1, by_epoch=by_epoch, save_best='acc')
     hook |= dict(rule='greater', max_keep_ckpts=2) | (checkpoint or {})
-    latest = latest_checkpoint(str(work_dir)) if resume is True else resume or None
+    latest = latest_checkpoint(str(work_dir)) if resume else None
     with mock.patch('mmengine.runner.runner.collect_env', return_value={}):  # takes a second
         return Runner(
-            model=options.get('model') or Model(options.get('pause', 0.0)),
+            model=options.get('model', Model()),
             work_dir=str(work_dir),
             train_dataloader=dict(loader, sampler=sampler),
             train_cfg=loop,
-            optim_wrapper=options.get('optim_wrapper')
-            or dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
             param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=15),
             val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
             val_cfg=dict(),
             val_evaluator=Evaluator(Draws()),
             custom_hooks=[dict(type='ODConvTemperatureHook', anneal_iters=12), *hooks],
             default_hooks=dict(checkpoint=hook, logger=dict(type='LoggerHook', interval=1)),
-            randomness=dict(seed=options.get('seed', 0)),
+            randomness=dict(seed=0) | options.get('randomness', {}),
             load_from=latest,
             resume=latest is not None,
             experiment_name=f'{work_dir}-{time.time_ns()}',
@@ -115,7 +109,7 @@ def assert_equal_bit_for_bit(actual, expected):
 
 
 class InChild:
-    """A call in a forked process, which can be killed.
+    """A call in a forked process, which may be killed.
 
     Args:
         function (Callable): What is called.
@@ -128,18 +122,8 @@ class InChild:
         )
         self.process.start()
 
-    def kill_after(self, seconds, signal_number=signal.SIGKILL):
-        """Send a signal, unless the process has ended before, and wait for the end.
-
-        Returns:
-            int: The exit status, or minus the signal that ended the process.
-        """
-        self.process.join(seconds)
-        if self.process.is_alive():
-            os.kill(self.process.pid, signal_number)
-        return self.wait()
-
     def wait(self):
+        """The exit status of the process, or minus the signal that ended it."""
         self.process.join(300)
         assert not self.process.is_alive()
         return self.process.exitcode

@@ -1,14 +1,17 @@
 import errno
+import functools
 import os
 import random
 import resource
 import signal
+import threading
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.runner import find_latest_checkpoint
 
-from mmdet_odconv.checkpoint import CheckpointFileError, latest_checkpoint
+from mmdet_odconv.checkpoint import latest_checkpoint
 from mmdet_odconv.hooks import CheckpointError
 from mmdet_odconv.hooks import checkpoint as module
 from tests.tiny_training import (
@@ -32,14 +35,16 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def names(folder):
-    return sorted(path.name for path in folder.glob('*') if path.is_file())
+def files(folder):
+    """The checkpoints in a folder and the name of the last, with what they hold."""
+    paths = [path for path in folder.iterdir() if path.is_file() and path.suffix != '.py']
+    return {path.name: path.read_bytes() for path in sorted(paths)}
 
 
 def test_the_files_are_those_of_mmengine(undisturbed, tmp_path):
     assert InChild(train, tmp_path, checkpoint=dict(type='CheckpointHook')).wait() == 0
-    assert names(undisturbed) == names(tmp_path)
-    assert names(undisturbed) == [
+    assert list(files(undisturbed)) == list(files(tmp_path))
+    assert list(files(undisturbed)) == [
         'best_acc_epoch_4.pth',
         'epoch_3.pth',
         'epoch_4.pth',
@@ -120,26 +125,37 @@ def test_a_kill_during_any_write_loses_nothing(undisturbed, tmp_path, moment):
     assert_equal_bit_for_bit(
         weights_of(tmp_path / 'epoch_4.pth'), weights_of(undisturbed / 'epoch_4.pth')
     )
-    assert [name for name in names(tmp_path) if name.startswith('epoch')] == [
+    assert [name for name in files(tmp_path) if name.startswith('epoch')] == [
         'epoch_3.pth',
         'epoch_4.pth',
     ]
 
 
-def test_kills_at_random_moments_leave_the_same_bits(undisturbed, tmp_path):
-    chance = random.Random(1)
-    kills = 0
-    while kills < 12:
-        child = InChild(train, tmp_path, resume=True, pause=0.01)
-        exit_code = child.kill_after(chance.uniform(0.1, 0.9))
-        if exit_code == 0:
-            break
-        assert exit_code == -signal.SIGKILL
-        kills += 1
-    assert InChild(train, tmp_path, resume=True).wait() == 0
-    assert_equal_bit_for_bit(
-        weights_of(tmp_path / 'epoch_4.pth'), weights_of(undisturbed / 'epoch_4.pth')
-    )
+class Kill(Hook):
+    """Kills the process a moment after an iteration has begun."""
+
+    def __init__(self, iterations, seconds):
+        self.iterations, self.seconds = iterations, seconds
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.iterations -= 1
+        if self.iterations == 0:
+            die = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+            threading.Timer(self.seconds, die).start()
+
+
+def test_kills_at_random_moments_leave_the_same_bits(tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert InChild(train, whole, epochs=8).wait() == 0
+    chance, kills, exit_code = random.Random(0), 0, None
+    while exit_code != 0:
+        # At most one epoch ends before the kill, and every second time none does.
+        kill = Kill(chance.randint(1, 2 * BATCHES - 1), chance.uniform(0, 0.02))
+        exit_code = InChild(train, parts, epochs=8, resume=True, hooks=[kill]).wait()
+        assert exit_code in (0, -signal.SIGKILL)
+        kills += exit_code != 0
+    assert kills >= 10
+    assert_equal_bit_for_bit(weights_of(parts / 'epoch_8.pth'), weights_of(whole / 'epoch_8.pth'))
 
 
 @pytest.fixture
@@ -152,12 +168,12 @@ def small_files():
 
 def test_a_full_disk_leaves_all_that_was_saved(tmp_path, small_files):
     runner(tmp_path, epochs=2).train()
-    before = {path: path.read_bytes() for path in tmp_path.glob('*') if path.is_file()}
+    before = files(tmp_path)
     tiny = runner(tmp_path, epochs=3, resume=True)
     small_files()
     with pytest.raises(CheckpointError, match=r'epoch_3\.pth \(.* MiB\) cannot be saved: File too'):
         tiny.train()
-    assert {path: path.read_bytes() for path in tmp_path.glob('*') if path.is_file()} == before
+    assert files(tmp_path) == before
 
 
 def test_a_full_disk_at_the_first_save_leaves_no_file(tmp_path, small_files):
@@ -165,7 +181,7 @@ def test_a_full_disk_at_the_first_save_leaves_no_file(tmp_path, small_files):
     small_files()
     with pytest.raises(CheckpointError, match='earlier checkpoints are as they were'):
         tiny.train()
-    assert names(tmp_path) == []
+    assert not files(tmp_path)
 
 
 def test_the_best_checkpoint_stays_until_the_next_is_there(tmp_path, monkeypatch):
@@ -181,40 +197,4 @@ def test_the_best_checkpoint_stays_until_the_next_is_there(tmp_path, monkeypatch
     monkeypatch.setattr(module, 'write_durably', full_at_the_best)
     with pytest.raises(CheckpointError, match='No space'):
         tiny.train()
-    assert 'best_acc_epoch_1.pth' in names(tmp_path)
-
-
-class TestLatestCheckpoint:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        for epoch in (1, 2):
-            path = tmp_path / f'epoch_{epoch}.pth'
-            torch.save(dict(optimizer={}, epoch=epoch), path)
-            os.utime(path, (epoch, epoch))
-        (tmp_path / 'last_checkpoint').write_text(str(path))
-        return tmp_path
-
-    def test_is_the_one_that_is_named(self, folder):
-        (folder / 'last_checkpoint').write_text(str(folder / 'epoch_1.pth'))
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_1.pth')
-
-    @pytest.mark.parametrize('size', [0, 10, 900])
-    def test_is_never_a_truncated_one(self, folder, size):
-        os.truncate(folder / 'epoch_2.pth', size)
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_1.pth')
-
-    @pytest.mark.parametrize('name', ['', 'elsewhere/epoch_2.pth', 'epoch_7.pth'])
-    def test_is_found_where_its_name_is_lost(self, folder, name):
-        (folder / 'last_checkpoint').write_text(name)
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_2.pth')
-        (folder / 'last_checkpoint').unlink()
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_2.pth')
-
-    def test_is_none_in_a_new_folder(self, tmp_path):
-        assert latest_checkpoint(str(tmp_path)) is None
-
-    def test_without_a_readable_one_names_file_and_cause(self, folder):
-        for path in folder.glob('*.pth'):
-            path.write_bytes(b'no checkpoint')
-        with pytest.raises(CheckpointFileError, match=r'epoch_2\.pth cannot be read'):
-            latest_checkpoint(str(folder))
+    assert 'best_acc_epoch_1.pth' in files(tmp_path)
