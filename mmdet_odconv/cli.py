@@ -20,7 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointFileError, read_checkpoint
+from .checkpoint import CheckpointFileError, not_finite, read_checkpoint
 from .conversion.errors import ConversionError
 from .layers.odconv import _ODConvNd
 
@@ -148,7 +148,12 @@ def require_weights(model: nn.Module, path: str) -> None:
         raise SystemExit(str(error)) from error
     state_dict = content.get('state_dict', content)
     entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
-    complaints = _other_shapes(model, entries) + _not_finite(entries)
+    complaints = _other_shapes(model, entries)
+    broken = not_finite(model, entries)
+    if broken:
+        complaints.append(
+            f'{len(broken)} of its weights have values that are not finite, such as {broken[0]}'
+        )
     if not complaints:
         own: Any = type(state_dict)(entries)
         if hasattr(state_dict, '_metadata'):
@@ -194,17 +199,6 @@ def _other_shapes(model: nn.Module, entries: dict[str, Any]) -> list[str]:
         more = f' (and {len(others) - 1} more like it)' if len(others) > 1 else ''
         complaints.append(others[0] + more)
     return complaints
-
-
-def _not_finite(entries: dict[str, Any]) -> list[str]:
-    names = [
-        name
-        for name, value in entries.items()
-        if isinstance(value, Tensor) and not value.isfinite().all()
-    ]
-    if not names:
-        return []
-    return [f'{len(names)} of its weights have values that are not finite, such as {names[0]}']
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
 
 
 class CheckpointFileError(ValueError):
@@ -40,6 +41,22 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and refused:
         return f'it asks for {refused[1]}, which no weights need; nothing of it was run'
     return str(error).strip().partition('\n')[0] or type(error).__name__
+
+
+def not_finite(model: nn.Module, state_dict: dict[str, Any]) -> list[str]:
+    """The names of the weights and running statistics that have a NaN or an infinity.
+
+    Args:
+        model (nn.Module): The model; its other buffers may be infinite, as masks are.
+        state_dict (dict): A state dict of it.
+    """
+    weights = {name for name, _ in model.named_parameters()}
+    return [
+        name
+        for name, value in state_dict.items()
+        if name in weights or name.endswith(('running_mean', 'running_var'))
+        if isinstance(value, Tensor) and not value.isfinite().all()
+    ]
 
 
 def latest_checkpoint(work_dir: str) -> str | None:

@@ -16,6 +16,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..checkpoint import not_finite
+
 
 class NonFiniteError(RuntimeError):
     """The loss or the weights are NaN or infinite; no checkpoint has them."""
@@ -64,12 +66,12 @@ class NonFiniteHook(Hook):
             self._buffers = [buffer.clone() for buffer in runner.model.buffers()]
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        for name, value in checkpoint['state_dict'].items():
-            if not _is_finite(value):
-                raise NonFiniteError(
-                    f'{name} has values that are not finite after iteration {runner.iter + 1}; '
-                    'they are not saved, and all earlier checkpoints are as they were'
-                )
+        broken = not_finite(_without_wrapper(runner.model), checkpoint['state_dict'])
+        if broken:
+            raise NonFiniteError(
+                f'{broken[0]} has values that are not finite after iteration {runner.iter + 1}; '
+                'they are not saved, and all earlier checkpoints are as they were'
+            )
 
     def _update_params(
         self, runner: Runner, update: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any
@@ -102,7 +104,7 @@ class NonFiniteHook(Hook):
     @torch.no_grad()
     def _cause(self, runner: Runner) -> str:
         """Repeat the forward pass and look at every module's output."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _without_wrapper(runner.model)
         with _first_non_finite(model) as found, runner.optim_wrapper.optim_context(runner.model):
             data = model.data_preprocessor(self._batch, True)
             inputs = data.get('inputs') if isinstance(data, dict) else None
@@ -116,6 +118,10 @@ class NonFiniteHook(Hook):
         if names:
             return f'all layers have finite outputs, but not {", ".join(names)}'
         return 'not so when computed once more'
+
+
+def _without_wrapper(model: Any) -> Any:
+    return model.module if is_model_wrapper(model) else model
 
 
 @contextmanager
