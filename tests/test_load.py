@@ -39,6 +39,7 @@ def detector():
     config = Config.fromfile(ROOT / 'configs/odconv/retinanet_od_r18_shapes.py').model
     config.backbone.base_channels = 8
     config.neck.in_channels = [8, 16, 32, 64]
+    config.test_cfg.score_thr = 0.0
     model = MODELS.build(config)
     model.init_weights()
     return model.eval()
@@ -48,7 +49,8 @@ def detector():
 def test_2000_iterations_hold_on_to_nothing():
     """After a warm-up of 200 iterations: memory, open files."""
     torch.manual_seed(0)
-    model = ODResNet(depth=18, base_channels=8).train()
+    model = ODResNet(depth=18, base_channels=8)
+    model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     memory = {}
     for iteration in range(2201):

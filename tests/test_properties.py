@@ -172,7 +172,8 @@ def network(request):
         if parameter.dim() == 1 or '.attention.' in name:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     set_temperature(model, 3.0)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def assert_close(actual, expected):
@@ -186,7 +187,8 @@ class TestWholeNetworks:
     def test_another_order_of_the_batch_gives_another_order_of_the_output(
         self, network, order, training
     ):
-        model = copy.deepcopy(network).train(training)
+        model = copy.deepcopy(network)
+        model.train(training)
         x = torch.randn(5, 3, 32, 48, dtype=torch.float64)
         assert_close(model(x[order]), [y[order] for y in model(x)])
 
@@ -219,7 +221,8 @@ class TestWholeNetworks:
     def test_two_deterministic_trainings_have_the_same_bits(self, network):
         results = []
         for _ in range(2):
-            model = copy.deepcopy(network).train()
+            model = copy.deepcopy(network)
+            model.train()
             torch.manual_seed(1)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
             torch.use_deterministic_algorithms(True)

@@ -37,9 +37,11 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    refused = re.search(r'Unsupported (?:global: GLOBAL|class) (\S+)', str(error))
-    if isinstance(error, pickle.UnpicklingError) and refused:
-        return f'it asks for {refused[1]}, which no weights need; nothing of it was run'
+    if isinstance(error, pickle.UnpicklingError):
+        # Its own text says how to run such a file all the same.
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        what = f'asks for {found[1]}, which no weights need' if found else 'is not just weights'
+        return f'it {what}; nothing of it was run'
     return str(error).strip().partition('\n')[0] or type(error).__name__
 
 

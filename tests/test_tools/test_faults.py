@@ -210,7 +210,7 @@ BROKEN = {
     with_nan: 'values that are not finite, such as backbone.conv1.weight',
     of_another_detector: 'weights of the model are not in the file, such as bbox_head',
     of_another_k: 'banks have K=2 in the file, K=4 in the config',
-    hostile: 'which no weights need; nothing of it was run',
+    hostile: 'nothing of it was run',
 }
 
 
