@@ -18,9 +18,16 @@ from tests.tiny_training import (
     BATCHES,
     InChild,
     assert_equal_bit_for_bit,
+    quick,
     runner,
     weights_of,
 )
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    with quick():
+        yield
 
 
 def train(work_dir, **options):

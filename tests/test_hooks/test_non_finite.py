@@ -8,7 +8,13 @@ from torch import nn
 
 from mmdet_odconv.hooks import NonFiniteError, NonFiniteHook
 from mmdet_odconv.hooks.non_finite import _images
-from tests.tiny_training import BATCHES, Model, runner
+from tests.tiny_training import BATCHES, Model, quick, runner
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    with quick():
+        yield
 
 
 class Spoil(Hook):

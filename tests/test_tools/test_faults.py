@@ -24,7 +24,7 @@ from tests.test_checkpoint.test_reading import Hostile
 from tests.test_tools.test_train_and_test import CONFIG, SMALL, run_tool
 from tests.tiny_training import InChild, assert_equal_bit_for_bit, weights_of
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 OPTIONS = [*SMALL, 'train_dataloader.batch_size=2']
 EPOCHS, BATCHES = 4, 6
