@@ -37,16 +37,17 @@ def add_guards(config: Config) -> None:
     """
     if 'runner_type' in config:  # a runner that saves in its own way
         return
-    config.setdefault('default_hooks', {})
-    checkpoint = config.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+    hooks = dict(config.get('default_hooks') or {})
+    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint and _name(checkpoint) == 'CheckpointHook':
-        checkpoint.type = 'SafeCheckpointHook'
+        hooks['checkpoint'] = checkpoint = dict(checkpoint, type='SafeCheckpointHook')
+    config.default_hooks = hooks
     guards = ['NonFiniteHook']
     if checkpoint and _name(checkpoint) == 'SafeCheckpointHook':
         guards.append('PreemptionHook')
-    hooks = list(config.get('custom_hooks') or [])
-    present = {_name(hook) for hook in hooks}
-    config.custom_hooks = hooks + [dict(type=name) for name in guards if name not in present]
+    custom = list(config.get('custom_hooks') or [])
+    present = {_name(hook) for hook in custom}
+    config.custom_hooks = custom + [dict(type=name) for name in guards if name not in present]
 
 
 def _name(hook: dict[str, Any]) -> str:
@@ -55,23 +56,30 @@ def _name(hook: dict[str, Any]) -> str:
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 
 
-def resume(config: Config, path: str) -> None:
+def resume(config: Config, path: str) -> bool:
     """Let the training go on from a checkpoint.
 
     Args:
         config (Config): The config, which is changed.
-        path (str): The checkpoint, or 'auto' for the latest in the work folder. If there is none,
-            the training starts from its beginning.
+        path (str): The checkpoint, or 'auto' for the latest in the work folder.
+
+    Returns:
+        bool: Whether there is one to go on from. If not, the training starts as the config says.
     """
+    if 'runner_type' in config:  # a runner that finds its own
+        config.resume, config.load_from = True, None if path == 'auto' else path
+        return True
     latest = latest_checkpoint(config.work_dir) if path == 'auto' else path
     if latest is None:
-        return
+        return False
+    cli.require_file(latest, 'checkpoint')
     config.resume, config.load_from = True, latest
     # MMEngine sets a seed that it drew itself only after the order of the images was drawn.
     seed = read_checkpoint(latest).get('meta', {}).get('seed')
-    randomness = config.setdefault('randomness', {})
+    randomness = config.get('randomness') or {}
     if randomness.get('seed') is None:
-        randomness.seed = seed
+        config.randomness = dict(randomness, seed=seed)
+    return True
 
 
 def main() -> None:
@@ -89,19 +97,18 @@ def main() -> None:
                 f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} lacks'
             )
         config.auto_scale_lr.enable = True
-    if args.resume not in (None, 'auto'):
-        cli.require_file(args.resume, 'checkpoint')
-    elif config.get('load_from'):
-        cli.require_file(config.load_from, 'checkpoint')
+    start = args.resume
+    if start is None and config.get('resume'):
+        start = config.get('load_from') or 'auto'
     add_guards(config)
 
     try:
-        if args.resume is not None:
-            resume(config, args.resume)
-        elif config.get('load_from'):
+        resumed = start is not None and resume(config, start)
+        if not resumed and config.get('load_from'):
+            cli.require_file(config.load_from, 'checkpoint')
             read_checkpoint(config.load_from)
         runner = cli.build_runner(config)
-        if config.get('resume'):
+        if resumed and 'runner_type' not in config:
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             cli.require_weights(model, config.load_from)
         runner.train()
