@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,30 +15,36 @@ from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
+from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 
 from mmdet_odconv.layers.odconv import _ODConvNd
 from tests.conftest import ROOT
-from tests.tiny_training import InChild
+from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
 
 IMAGES = 4
 
 
-def in_processes(world_size, function, folder):
-    """Call ``function(rank, world_size)`` in forked processes and return what each returned."""
+def exit_codes(world_size, function, folder):
+    """Call ``function(rank, world_size)`` in forked processes, and what they return is saved."""
+    init_file = f'file://{folder}/init{time.time_ns()}'
 
     def work(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-        init = f'file://{folder}/init{world_size}'
-        dist.init_process_group('gloo', init_method=init, rank=rank, world_size=world_size)
+        dist.init_process_group('gloo', init_method=init_file, rank=rank, world_size=world_size)
         torch.save(function(rank, world_size), folder / f'{world_size}-{rank}.pth')
         dist.barrier()
         dist.destroy_process_group()
 
     children = [InChild(work, rank) for rank in range(world_size)]
-    assert [child.wait() for child in children] == [0] * world_size
+    return [child.wait() for child in children]
+
+
+def in_processes(world_size, function, folder):
+    """As above, and returns what each process returned."""
+    assert exit_codes(world_size, function, folder) == [0] * world_size
     return [torch.load(folder / f'{world_size}-{rank}.pth') for rank in range(world_size)]
 
 
@@ -154,3 +162,27 @@ def test_shards_are_evaluated_to_the_same_table(tmp_path, world_size):
     expected = in_processes(1, evaluate, tmp_path)[0]
     assert 0.1 < expected['coco/bbox_mAP'] < 0.9
     assert all(table == expected for table in in_processes(world_size, evaluate, tmp_path))
+
+
+class SignalOne(Hook):
+    """Sends SIGTERM to the second process only."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 4 and runner.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+
+    def train(work_dir, disturbed=False, resume=False):
+        hooks = [dict(type='PreemptionHook')] + [SignalOne()] * disturbed
+        options = dict(resume=resume, hooks=hooks, launcher='pytorch')
+        return lambda *_: runner(work_dir, epochs=3, **options).train() and None
+
+    assert exit_codes(2, train(whole), tmp_path) == [0, 0]
+    assert exit_codes(2, train(parts, disturbed=True), tmp_path) == [99, 99]
+    assert torch.load(parts / 'preempted.pth')['meta']['iter'] == 5
+    assert exit_codes(2, train(parts, resume=True), tmp_path) == [0, 0]
+    states = [weights_of(folder / 'epoch_3.pth') for folder in (parts, whole)]
+    assert_equal_bit_for_bit(*states)

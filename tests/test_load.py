@@ -19,7 +19,7 @@ from mmdet_odconv.functional import dispatch
 from tests.conftest import ROOT
 from tests.predictions import predict
 
-pytestmark = pytest.mark.load
+pytestmark = [pytest.mark.load, pytest.mark.timeout(3600)]
 needs_proc = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='no /proc')
 
 
@@ -49,7 +49,8 @@ def detector():
 def test_2000_iterations_hold_on_to_nothing():
     """After a warm-up of 200 iterations: memory, open files."""
     torch.manual_seed(0)
-    model = ODResNet(depth=18, base_channels=8)
+    stages = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1))
+    model = ODResNet(depth=18, base_channels=4, **stages)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     memory = {}

@@ -91,6 +91,8 @@ def runner(work_dir, epochs=4, resume=False, hooks=(), checkpoint=None, **option
         custom_hooks=[dict(type='ODConvTemperatureHook', anneal_iters=12), *hooks],
         default_hooks=dict(checkpoint=hook, logger=dict(type='LoggerHook', interval=1)),
         randomness=dict(seed=0) | options.get('randomness', {}),
+        launcher=options.get('launcher', 'none'),
+        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)),
         load_from=latest,
         resume=latest is not None,
         experiment_name=f'{work_dir}-{time.time_ns()}',
