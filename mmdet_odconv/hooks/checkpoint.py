@@ -125,6 +125,8 @@ class SafeCheckpointHook(CheckpointHook):
                 loop.dataloader_iterator, runner.iter, loaded['generators']
             )
             self._loaded = None
+        elif 'batches' not in loaded:  # saved by a loop without epochs
+            self._loaded = None
         elif loaded['batches'] and loaded['batches_of_epoch'] != len(loop.dataloader):
             runner.logger.warning(
                 f'the checkpoint was saved after {loaded["batches"]} of '
@@ -152,6 +154,8 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any]) -> None:
         _set_generators(self._before_val)
+        if not self.save_best:
+            return
         with self._removing_afterwards():
             super().after_val_epoch(runner, metrics)
 
@@ -190,7 +194,7 @@ class SafeCheckpointHook(CheckpointHook):
         loop = runner.train_loop
         self._position = dict(generators=all_gather_object(_generators()))
         if isinstance(loop, EpochBasedTrainLoop):
-            whole = self._whole_loader or loop.dataloader
+            whole = loop.dataloader if self._whole_loader is None else self._whole_loader
             self._position |= dict(
                 batches=meta['iter'] - self._first_iter, batches_of_epoch=len(whole)
             )
