@@ -46,9 +46,9 @@ class DisturbHook(Hook):
 
 def run(name, log, args, shapes, file_size=None):
     """One of the tools, as its own process would be; its output goes to a file."""
-    with log.open('w') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file = log.open('w', buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
     os.chdir(ROOT)
     os.environ['SHAPES_ROOT'] = str(shapes)
     if file_size is not None:
