@@ -126,6 +126,21 @@ def _not_found(path: str, what: str) -> str:
     return message
 
 
+def require_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint, and end the program unless that is possible without running its code.
+
+    Args:
+        path (str): The checkpoint, as MMEngine takes it.
+
+    Raises:
+        SystemExit: The message names the file and the cause.
+    """
+    try:
+        return read_checkpoint(path)
+    except CheckpointFileError as error:
+        raise SystemExit(str(error)) from error
+
+
 def require_weights(model: nn.Module, path: str) -> None:
     """End the program unless a checkpoint has all the weights of a model.
 
@@ -142,10 +157,7 @@ def require_weights(model: nn.Module, path: str) -> None:
             that are not finite. The message names the first of them, and both numbers of kernels
             or of classes.
     """
-    try:
-        content = read_checkpoint(path)
-    except CheckpointFileError as error:
-        raise SystemExit(str(error)) from error
+    content = require_checkpoint(path)
     state_dict = content.get('state_dict', content)
     entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     complaints = _other_shapes(model, entries)

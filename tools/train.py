@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 
 from mmdet_odconv import cli
-from mmdet_odconv.checkpoint import CheckpointFileError, latest_checkpoint, read_checkpoint
+from mmdet_odconv.checkpoint import CheckpointFileError, latest_checkpoint
 from mmdet_odconv.hooks import CheckpointError, NonFiniteError
 
 
@@ -75,7 +75,7 @@ def resume(config: Config, path: str) -> bool:
     cli.require_file(latest, 'checkpoint')
     config.resume, config.load_from = True, latest
     # MMEngine sets a seed that it drew itself only after the order of the images was drawn.
-    seed = read_checkpoint(latest).get('meta', {}).get('seed')
+    seed = cli.require_checkpoint(latest).get('meta', {}).get('seed')
     randomness = config.get('randomness') or {}
     if randomness.get('seed') is None:
         config.randomness = dict(randomness, seed=seed)
@@ -106,7 +106,7 @@ def main() -> None:
         resumed = start is not None and resume(config, start)
         if not resumed and config.get('load_from'):
             cli.require_file(config.load_from, 'checkpoint')
-            read_checkpoint(config.load_from)
+            cli.require_checkpoint(config.load_from)
         runner = cli.build_runner(config)
         if resumed and 'runner_type' not in config:
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
