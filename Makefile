@@ -3,6 +3,9 @@
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
 #   make test   the test suite
 #   make lint   ruff and mypy
+#   make faults trainings that are killed, on full disks, with broken files: a quarter of an hour
+#   make fuzz   3,000 layers with options drawn by chance, against the formula
+#   make load   memory and open files over 2,000 iterations, many image sizes, many threads
 #   make study      the tables and figures of docs/study.md, from the logs of its runs
 #   make study-run  train the runs that have no log yet: hours
 #   make road       pretrain a small backbone as a classifier, and train a detector from it
@@ -30,7 +33,7 @@ DEMO_DATA := data/shapes
 
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test lint docs docs-serve docs-check cuda study study-run road pretrain-and-detect \
+.PHONY: demo test lint faults fuzz load docs docs-serve docs-check cuda study study-run road pretrain-and-detect \
     clean setup
 
 setup: $(READY)
@@ -41,6 +44,15 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_venv.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_properties.py
+
+load: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m load --numprocesses=0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -19,7 +19,13 @@ from .checkpoint import (  # noqa: E402
 )
 from .conversion import convert_to_odconv  # noqa: E402
 from .deployment import fuse_odconv_bn  # noqa: E402
-from .hooks import ODConvAttentionHook, ODConvTemperatureHook  # noqa: E402
+from .hooks import (  # noqa: E402
+    NonFiniteHook,
+    ODConvAttentionHook,
+    ODConvTemperatureHook,
+    PreemptionHook,
+    SafeCheckpointHook,
+)
 from .layers import (  # noqa: E402
     CondConv2d,
     DyConv2d,
@@ -38,6 +44,7 @@ register_config_scope()
 __all__ = [
     'CondConv2d',
     'DyConv2d',
+    'NonFiniteHook',
     'ODConv1d',
     'ODConv2d',
     'ODConv3d',
@@ -48,6 +55,8 @@ __all__ = [
     'ODResNeXt',
     'ODResNet',
     'ODResNetV1d',
+    'PreemptionHook',
+    'SafeCheckpointHook',
     '__version__',
     'convert_to_odconv',
     'export_official_checkpoint',

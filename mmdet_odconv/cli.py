@@ -17,7 +17,7 @@ import cv2
 import mmengine
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import (
     get_deprecated_model_names,
     get_external_models,
@@ -26,6 +26,7 @@ from mmengine.runner.checkpoint import (
 from torch import Tensor, nn
 
 from .analysis import odconv_layers
+from .checkpoint import CheckpointFileError, not_finite, read_checkpoint
 from .conversion.errors import ConversionError
 from .functional.arguments import ArgumentError
 from .layers.odconv import _ODConvNd
@@ -186,20 +187,19 @@ def not_found(path: str, what: str) -> str:
     return message
 
 
-def latest_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint from which MMEngine would go on in a work folder; None without one.
+def require_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint, and end the program unless that is possible without running its code.
+
+    Args:
+        path (str): The checkpoint, as MMEngine takes it.
 
     Raises:
-        SystemExit: The folder names one that does not exist.
+        SystemExit: The message names the file and the cause.
     """
-    if not (Path(work_dir) / 'last_checkpoint').is_file():
-        return None
-    latest = find_latest_checkpoint(work_dir)
-    if not Path(latest).exists():
-        moved = Path(work_dir) / Path(latest).name
-        hint = f'; go on by --resume {moved}' if moved.exists() else ''
-        raise SystemExit(f'{work_dir}/last_checkpoint names {latest}, which does not exist{hint}')
-    return latest
+    try:
+        return read_checkpoint(path)
+    except CheckpointFileError as error:
+        raise SystemExit(str(error)) from error
 
 
 def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
@@ -217,19 +217,19 @@ def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
         dict: What else the checkpoint says of itself, its entry 'meta'.
 
     Raises:
-        SystemExit: The file cannot be read, or entries are missing or have other shapes. The
-            message names the first of them, and both numbers of kernels or of classes.
+        SystemExit: The file cannot be read, or entries are missing, have other shapes or values
+            that are not finite. The message names the first of them, and both numbers of kernels
+            or of classes.
     """
-    try:
-        content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    except Exception as error:  # bytes that are no checkpoint can raise anything
-        reason = str(error).strip().partition('\n')[0]
-        raise SystemExit(f'{path} cannot be read as a checkpoint: {reason}') from error
-    state_dict = content.get('state_dict', content) if isinstance(content, dict) else content
-    if not isinstance(state_dict, dict):
-        raise SystemExit(f'{path} has no state dict, but a {type(state_dict).__name__}')
+    content = require_checkpoint(path)
+    state_dict = content.get('state_dict', content)
     entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     complaints = _other_shapes(model, entries)
+    broken = not_finite(model, entries)
+    if broken:
+        complaints.append(
+            f'{len(broken)} of its weights have values that are not finite, such as {broken[0]}'
+        )
     if not complaints:
         own: Any = type(state_dict)(entries)
         if hasattr(state_dict, '_metadata'):

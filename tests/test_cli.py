@@ -158,17 +158,6 @@ def test_start_weights_that_are_there_are_accepted(tmp_path):
         cli.require_start_weights(model)
 
 
-def test_a_last_checkpoint_that_was_moved_is_named(tmp_path):
-    assert cli.latest_checkpoint(str(tmp_path)) is None
-    (tmp_path / 'last_checkpoint').write_text('/old/place/epoch_2.pth')
-    (tmp_path / 'epoch_2.pth').touch()
-    message = rf'names /old/place/epoch_2\.pth, which .*; go on by --resume {tmp_path}/epoch_2\.pth'
-    with pytest.raises(SystemExit, match=message):
-        cli.latest_checkpoint(str(tmp_path))
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_2.pth'))
-    assert cli.latest_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_2.pth')
-
-
 @pytest.mark.parametrize('content', [b'text', b'', b'\xff\xd8\xff\xe0 and no more'])
 def test_a_file_that_is_no_image_is_named(tmp_path, content):
     path = tmp_path / 'a.jpg'

@@ -34,6 +34,7 @@ def main() -> None:
     images = cli.find_images(args.image)[: args.limit]
     config = cli.load_config(args.config, args.cfg_options)
     cli.require_file(args.checkpoint, 'checkpoint')
+    cli.require_checkpoint(args.checkpoint)
     cli.shorten_report(config)
     # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
     model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})

@@ -2,13 +2,17 @@
 """Train a detector; the command line is that of mmdet's tools/train.py."""
 
 import argparse
+from typing import Any
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmdet_odconv import cli
+from mmdet_odconv.checkpoint import CheckpointFileError, latest_checkpoint
 from mmdet_odconv.dataset_checks import require_datasets
+from mmdet_odconv.hooks import CheckpointError, NonFiniteError
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,26 +33,55 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def resume(config: Config, checkpoint: str) -> bool:
+def add_guards(config: Config) -> None:
+    """Add the hooks of docs/reliability.md that the config does not name itself.
+
+    A config with a checkpoint hook of its own kind, or without any, keeps that.
+    """
+    if 'runner_type' in config:  # a runner that saves in its own way
+        return
+    hooks = dict(config.get('default_hooks') or {})
+    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+    if checkpoint and _name(checkpoint) == 'CheckpointHook':
+        hooks['checkpoint'] = checkpoint = dict(checkpoint, type='SafeCheckpointHook')
+    config.default_hooks = hooks
+    guards = ['NonFiniteHook']
+    if checkpoint and _name(checkpoint) == 'SafeCheckpointHook':
+        guards.append('PreemptionHook')
+    custom = list(config.get('custom_hooks') or [])
+    present = {_name(hook) for hook in custom}
+    config.custom_hooks = custom + [dict(type=name) for name in guards if name not in present]
+
+
+def _name(hook: dict[str, Any]) -> str:
+    """The name of a hook's class, which a config has as the class itself or with a scope too."""
+    kind = hook['type']
+    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+
+
+def resume(config: Config, path: str) -> bool:
     """Let the training go on from a checkpoint.
 
     Args:
         config (Config): The config, which is changed.
-        checkpoint (str): A path, or 'auto' for the latest in the work folder.
+        path (str): The checkpoint, or 'auto' for the latest in the work folder.
 
     Returns:
-        bool: Whether there is something to go on from. If not, the config is as it was, with what
-        it says of ``load_from``: a job that a cluster may stop has ``--resume`` from its first
-        start on.
+        bool: Whether there is one to go on from. If not, the training starts as the config says.
     """
-    if checkpoint == 'auto':
-        if cli.latest_checkpoint(config.work_dir) is None:
-            return False
-        config.resume, config.load_from = True, None
+    if 'runner_type' in config:  # a runner that finds its own
+        config.resume, config.load_from = True, None if path == 'auto' else path
         return True
-    if 'strategy' not in config:  # some strategies have folders as checkpoints
-        cli.require_file(checkpoint, 'checkpoint')
-    config.resume, config.load_from = True, checkpoint
+    latest = latest_checkpoint(config.work_dir) if path == 'auto' else path
+    if latest is None:
+        return False
+    cli.require_file(latest, 'checkpoint')
+    config.resume, config.load_from = True, latest
+    # MMEngine sets a seed that it drew itself only after the order of the images was drawn.
+    seed = cli.require_checkpoint(latest).get('meta', {}).get('seed')
+    randomness = config.get('randomness') or {}
+    if randomness.get('seed') is None:
+        config.randomness = dict(randomness, seed=seed)
     return True
 
 
@@ -83,18 +116,29 @@ def main() -> None:
                 f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} lacks'
             )
         config.auto_scale_lr.enable = True
-    resumed = args.resume is not None and resume(config, args.resume)
-    if not resumed and config.get('load_from'):
-        cli.require_file(config.load_from, 'checkpoint')
+    start = args.resume
+    if start is None and config.get('resume'):
+        start = config.get('load_from') or 'auto'
+    add_guards(config)
 
-    runner = cli.build_runner(config)
-    if args.resume is not None and not resumed:
-        runner.logger.warning(
-            f'There is nothing to resume in {config.work_dir}, so the training starts anew.'
-        )
-    warn_of_batch_size(runner, config)
-    cli.require_start_weights(runner.model, None if resumed else config.get('load_from'))
-    runner.train()
+    try:
+        resumed = start is not None and resume(config, start)
+        if not resumed and config.get('load_from'):
+            cli.require_file(config.load_from, 'checkpoint')
+            cli.require_checkpoint(config.load_from)
+        runner = cli.build_runner(config)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if start is not None and not resumed:
+            runner.logger.warning(
+                f'There is nothing to resume in {config.work_dir}, so the training starts anew.'
+            )
+        warn_of_batch_size(runner, config)
+        if resumed and 'runner_type' not in config:
+            cli.require_weights(model, config.load_from)
+        cli.require_start_weights(runner.model, None if resumed else config.get('load_from'))
+        runner.train()
+    except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == '__main__':

@@ -1,6 +1,17 @@
 """Hooks of MMEngine's runner."""
 
 from .attention import ODConvAttentionHook
+from .checkpoint import CheckpointError, SafeCheckpointHook
+from .non_finite import NonFiniteError, NonFiniteHook
+from .preemption import PreemptionHook
 from .temperature import ODConvTemperatureHook
 
-__all__ = ['ODConvAttentionHook', 'ODConvTemperatureHook']
+__all__ = [
+    'CheckpointError',
+    'NonFiniteError',
+    'NonFiniteHook',
+    'ODConvAttentionHook',
+    'ODConvTemperatureHook',
+    'PreemptionHook',
+    'SafeCheckpointHook',
+]

@@ -2,8 +2,6 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from mmcv.cnn import ConvModule, build_conv_layer
 from torch import nn
 
@@ -67,31 +65,6 @@ def test_every_option_equals_the_formula(ndim, option, training):
     layer = LAYERS[ndim](**args, dtype=torch.float64).train(training)
     randomise(layer)
     check_against_reference(layer, torch.randn(3, 4, *SIZES[ndim], dtype=torch.float64))
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data())
-def test_any_combination_of_options_equals_the_formula(data):
-    draw = data.draw
-    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    groups = draw(st.sampled_from([1, 2, 4]))
-    stride = draw(st.tuples(st.integers(1, 2), st.integers(1, 3)))
-    layer = ODConv2d(
-        4,
-        draw(st.sampled_from([4, 8])),
-        kernel,
-        stride=stride,
-        padding=draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
-        dilation=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
-        groups=groups,
-        bias=draw(st.booleans()),
-        padding_mode=draw(st.sampled_from(['zeros', 'replicate', 'circular'])),
-        kernel_num=draw(st.integers(1, 3)),
-        dtype=torch.float64,
-    ).train(draw(st.booleans()))
-    randomise(layer)
-    x = torch.randn(draw(st.integers(1, 3)), 4, 8, 7, dtype=torch.float64)
-    check_against_reference(layer, x)
 
 
 def shared_layer_cases():

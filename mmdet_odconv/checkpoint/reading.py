@@ -1,0 +1,107 @@
+"""Reading checkpoints of a training: any file, also a broken one or a stranger's."""
+
+import logging
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+
+class CheckpointFileError(ValueError):
+    """A file cannot be used as a checkpoint; the message names it and says why."""
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint, in ``torch.load``'s safe mode.
+
+    Args:
+        path (str): As MMEngine takes it.
+
+    Raises:
+        CheckpointFileError: The file is truncated, damaged, holds more than weights and plain
+            values, or is no checkpoint at all.
+    """
+    try:
+        content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except Exception as error:  # bytes that are no checkpoint can raise anything
+        raise CheckpointFileError(
+            f'{path} cannot be read as a checkpoint: {_reason(error)}'
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointFileError(f'{path} has no state dict, but a {type(content).__name__}')
+    return content
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        # Its own text says how to run such a file all the same.
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        what = f'asks for {found[1]}, which no weights need' if found else 'is not just weights'
+        return f'it {what}; nothing of it was run'
+    return str(error).strip().partition('\n')[0] or type(error).__name__
+
+
+def not_finite(model: nn.Module, state_dict: dict[str, Any]) -> list[str]:
+    """The names of the weights and running statistics that have a NaN or an infinity.
+
+    Args:
+        model (nn.Module): The model; its other buffers may be infinite, as masks are.
+        state_dict (dict): A state dict of it.
+    """
+    weights = {name for name, _ in model.named_parameters()}
+    return [
+        name
+        for name, value in state_dict.items()
+        if name in weights or name.endswith(('running_mean', 'running_var'))
+        if isinstance(value, Tensor) and not value.isfinite().all()
+    ]
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint from which a training in a work folder goes on.
+
+    This is the one that ``last_checkpoint`` names. If that one is missing or damaged, as a kill
+    or a full disk leaves them without :class:`~mmdet_odconv.hooks.SafeCheckpointHook`, it is the
+    youngest of the others that can be read; what is passed over is logged.
+
+    Args:
+        work_dir (str): The work folder.
+
+    Returns:
+        str, optional: None if the folder has no checkpoint.
+
+    Raises:
+        CheckpointFileError: There are checkpoints, but none can be read.
+    """
+    folder = Path(work_dir)
+    files = [path for path in folder.glob('*.pth') if not path.name.startswith('best_')]
+    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    record = folder / 'last_checkpoint'
+    named = Path(record.read_text().strip()) if record.is_file() else None
+    if named is not None and named.name:
+        # The folder may have been moved since.
+        files = [named, folder / named.name, *files]
+    complaints: dict[Path, str] = {}
+    for path in files:
+        if path in complaints or not path.is_file():
+            continue
+        try:
+            if 'optimizer' in read_checkpoint(str(path)):
+                return str(path)
+            complaints[path] = f'{path} has no state of the optimizer'
+        except CheckpointFileError as error:
+            complaints[path] = str(error)
+        print_log(
+            f'{complaints[path]}; looking for an earlier one',
+            logger='current',
+            level=logging.WARNING,
+        )
+    if complaints:
+        raise CheckpointFileError(
+            f'{work_dir} has no checkpoint to go on from: {next(iter(complaints.values()))}'
+        )
+    return None

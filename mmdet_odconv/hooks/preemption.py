@@ -1,0 +1,109 @@
+"""A runner hook that saves and ends the training when a scheduler takes the machine back."""
+
+import functools
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from .checkpoint import SafeCheckpointHook
+
+
+@HOOKS.register_module()
+class PreemptionHook(Hook):
+    """On SIGTERM, finish the iteration, save a checkpoint and end with an exit status of its own.
+
+    Schedulers send SIGTERM some seconds before they end a job for good. ``--resume`` goes on with
+    the next iteration, as if nothing had happened. In a distributed run all processes stop after
+    the same iteration, whichever of them got the signal. One that comes during validation takes
+    effect after it, or at once where the checkpoint of that epoch is saved already.
+
+    Needs :class:`SafeCheckpointHook` as the checkpoint hook.
+
+    Args:
+        exit_code (int): The exit status. 99 is the one after which Grid Engine puts a job back into
+            its queue without being told, and the usual entry in LSF's ``REQUEUE_EXIT_VALUES`` and
+            in Slurm's ``RequeueExit``. No error of Python has it. Default: 99.
+
+    Raises:
+        ValueError: ``exit_code`` is not within 1 and 255.
+        TypeError: At the start of the training, if the checkpoint hook is another.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, exit_code: int = 99) -> None:
+        if not 1 <= exit_code <= 255:
+            raise ValueError(f'exit_code must be within 1 and 255, got {exit_code}')
+        self.exit_code = exit_code
+        self._received = False
+
+    def before_train(self, runner: Runner) -> None:
+        found = [hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
+        if not found:
+            raise TypeError(
+                "PreemptionHook needs default_hooks.checkpoint.type='SafeCheckpointHook'"
+            )
+        self._checkpoints = found[0]
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        # Slurm, for one, signals all processes of a job, and without its workers an iteration
+        # cannot be finished.
+        loader = runner.train_loop.dataloader
+        loader.worker_init_fn = functools.partial(_without_sigterm, loader.worker_init_fn)
+
+    def after_train(self, runner: Runner) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if self._anywhere(runner):
+            self._stop(runner, runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        # The processes of a distributed run may have unequal numbers of validation images.
+        if self._received and get_world_size() == 1 and self._checkpoints.is_saved(runner.iter):
+            self._stop(runner, runner.iter)
+
+    def after_val_epoch(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if self._anywhere(runner):
+            self._stop(runner, runner.iter)
+
+    def _receive(self, *args: object) -> None:
+        self._received = True
+        print_log('SIGTERM: the training stops after this iteration', logger='current')
+
+    def _anywhere(self, runner: Runner) -> bool:
+        """Whether any process has got the signal."""
+        if get_world_size() == 1:
+            return self._received
+        device = next(runner.model.parameters()).device
+        received = torch.tensor(float(self._received), device=device)
+        all_reduce(received, 'max')
+        return bool(received.item())
+
+    def _stop(self, runner: Runner, iterations: int) -> None:
+        if not self._checkpoints.is_saved(iterations):
+            self._checkpoints.save_now(runner, iterations)
+        print_log(
+            f'SIGTERM: stopped and saved after {iterations} iterations; --resume goes on from '
+            f'there, and exit status {self.exit_code} asks the scheduler to',
+            logger='current',
+            level=logging.WARNING,
+        )
+        raise SystemExit(self.exit_code)
+
+
+def _without_sigterm(then: Callable[[int], None] | None, worker_id: int) -> None:
+    """Start a worker process that goes on after SIGTERM; it ends with the main process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker_id)

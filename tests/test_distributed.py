@@ -1,0 +1,188 @@
+"""Whole detectors in several processes on the CPU: training and evaluation as in one."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+
+from mmdet_odconv.layers.odconv import _ODConvNd
+from tests.conftest import ROOT
+from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
+
+IMAGES = 4
+
+
+def exit_codes(world_size, function, folder):
+    """Call ``function(rank, world_size)`` in forked processes, and what they return is saved."""
+    init_file = f'file://{folder}/init{time.time_ns()}'
+
+    def work(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+        dist.init_process_group('gloo', init_method=init_file, rank=rank, world_size=world_size)
+        torch.save(function(rank, world_size), folder / f'{world_size}-{rank}.pth')
+        dist.barrier()
+        dist.destroy_process_group()
+
+    children = [InChild(work, rank) for rank in range(world_size)]
+    return [child.wait() for child in children]
+
+
+def in_processes(world_size, function, folder):
+    """As above, and returns what each process returned."""
+    assert exit_codes(world_size, function, folder) == [0] * world_size
+    return [torch.load(folder / f'{world_size}-{rank}.pth') for rank in range(world_size)]
+
+
+def fcos():
+    """FCOS, whose losses are normalised over all processes; with a frozen stage, checkpointing."""
+    config = Config.fromfile(ROOT / 'configs/odconv/fcos_od_r50.py').model
+    config.backbone.update(
+        depth=18, base_channels=8, with_cp=True, frozen_stages=1, norm_eval=True, init_cfg=None
+    )
+    config.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
+    config.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=5)
+    config.bbox_head.norm_cfg = dict(type='GN', num_groups=4, requires_grad=True)
+    torch.manual_seed(0)
+    model = MODELS.build(config)
+    model.init_weights()
+    return model.train()
+
+
+def train_fcos(rank, world_size):
+    """Three steps on this process's share of the images; all weights after that."""
+    register_all_modules()
+    hub = MessageHub.get_instance('tests')
+    hub.update_info('epoch', 0)
+    hub.update_info('iter', 0)
+    model = fcos()
+    assert sum(isinstance(module, _ODConvNd) for module in model.modules()) > 10
+    trained = model
+    if world_size > 1:
+        trained = MMDistributedDataParallel(model, find_unused_parameters=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    wrapper = OptimWrapper(optimizer)
+    for step in range(3):
+        batch = demo_mm_inputs(
+            IMAGES, [[3, 64, 64]] * IMAGES, num_items=[3] * IMAGES, num_classes=5, use_box_type=True
+        )
+        share = slice(rank, None, world_size)
+        batch = {key: value[share] for key, value in batch.items()}
+        loss = trained.train_step(batch, wrapper)['loss']
+        assert loss.isfinite(), step
+    return model.state_dict()
+
+
+@pytest.fixture(scope='module')
+def one_process(tmp_path_factory):
+    return in_processes(1, train_fcos, tmp_path_factory.mktemp('one'))[0]
+
+
+@pytest.mark.parametrize('world_size', [2, 4])
+def test_processes_train_as_one_with_all_images(one_process, tmp_path, world_size):
+    states = in_processes(world_size, train_fcos, tmp_path)
+    start = fcos().state_dict()
+    for name, expected in one_process.items():
+        scale = max(expected.abs().max().item(), 1)
+        for state in states:
+            difference = (state[name] - expected).abs().max().item()
+            assert difference <= 1e-5 * scale, (name, difference)
+    moved = [name for name in start if not torch.equal(start[name], one_process[name])]
+    assert any(name.startswith('backbone.layer2') for name in moved)
+    assert not any(name.startswith(('backbone.conv1', 'backbone.layer1')) for name in moved)
+
+
+def annotations(path, images=7):
+    """A COCO file with boxes at random places."""
+    chance = np.random.default_rng(0)
+    content = dict(
+        info={},
+        images=[dict(id=i, file_name=f'{i}.png', width=90, height=90) for i in range(images)],
+        categories=[dict(id=i, name=f'{i}') for i in range(3)],
+        annotations=[
+            dict(
+                id=1 + i,
+                image_id=i % images,
+                category_id=i % 3,
+                bbox=[*chance.uniform(0, 60, 2), *chance.uniform(5, 30, 2)],
+                area=400.0,
+                iscrowd=0,
+            )
+            for i in range(5 * images)
+        ],
+    )
+    path.write_text(json.dumps(content))
+    return content
+
+
+def detections(content, image):
+    """The true boxes of an image, moved a little, with scores drawn by chance."""
+    chance = np.random.default_rng(image)
+    own = [a for a in content['annotations'] if a['image_id'] == image]
+    boxes = np.array([a['bbox'] for a in own])
+    boxes[:, 2:] += boxes[:, :2]
+    return dict(
+        img_id=image,
+        ori_shape=(90, 90),
+        pred_instances=dict(
+            bboxes=torch.from_numpy(boxes + chance.uniform(-4, 4, boxes.shape)),
+            scores=torch.from_numpy(chance.uniform(0, 1, len(own))),
+            labels=torch.tensor([a['category_id'] for a in own]),
+        ),
+    )
+
+
+@pytest.mark.parametrize('world_size', [2, 4])
+def test_shards_are_evaluated_to_the_same_table(tmp_path, world_size):
+    """Seven images, so that some process has one of them twice."""
+    path = tmp_path / 'annotations.json'
+    content = annotations(path)
+
+    def evaluate(rank, world_size):
+        metric = CocoMetric(ann_file=str(path), metric='bbox')
+        metric.dataset_meta = dict(classes=('0', '1', '2'))
+        for image in DefaultSampler(range(7), shuffle=False):
+            metric.process({}, [detections(content, image)])
+        return metric.evaluate(7)
+
+    expected = in_processes(1, evaluate, tmp_path)[0]
+    assert 0.1 < expected['coco/bbox_mAP'] < 0.9
+    assert all(table == expected for table in in_processes(world_size, evaluate, tmp_path))
+
+
+class SignalOne(Hook):
+    """Sends SIGTERM to the second process only."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 4 and runner.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+
+    def train(work_dir, disturbed=False, resume=False):
+        hooks = [dict(type='PreemptionHook')] + [SignalOne()] * disturbed
+        options = dict(resume=resume, hooks=hooks, launcher='pytorch')
+        return lambda *_: runner(work_dir, epochs=3, **options).train() and None
+
+    assert exit_codes(2, train(whole), tmp_path) == [0, 0]
+    assert exit_codes(2, train(parts, disturbed=True), tmp_path) == [99, 99]
+    assert torch.load(parts / 'preempted.pth')['meta']['iter'] == 5
+    assert exit_codes(2, train(parts, resume=True), tmp_path) == [0, 0]
+    states = [weights_of(folder / 'epoch_3.pth') for folder in (parts, whole)]
+    assert_equal_bit_for_bit(*states)

@@ -1,0 +1,121 @@
+import os
+import signal
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+
+from mmdet_odconv.checkpoint import latest_checkpoint
+from mmdet_odconv.hooks import PreemptionHook
+from tests.tiny_training import (
+    BATCHES,
+    InChild,
+    assert_equal_bit_for_bit,
+    runner,
+    weights_of,
+)
+
+
+class Signal(Hook):
+    """Sends SIGTERM at a moment of the training, as a scheduler would."""
+
+    def __init__(self, moment, iteration, group=False):
+        self.moment, self.iteration, self.group = moment, iteration, group
+        setattr(self, moment, self._send)
+
+    def _send(self, runner, *args, **kwargs):
+        if runner.iter == self.iteration:
+            self.iteration = None
+            send = os.killpg if self.group else os.kill
+            send(os.getpid(), signal.SIGTERM)
+
+
+def train(work_dir, signal_at=None, group=False, **options):
+    if group:
+        os.setpgid(0, 0)
+    hooks = [dict(type='PreemptionHook')]
+    if signal_at is not None:
+        hooks.append(Signal(*signal_at, group=group))
+    runner(work_dir, hooks=hooks, **options).train()
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('undisturbed')
+    assert InChild(train, folder).wait() == 0
+    return weights_of(folder / 'epoch_4.pth')
+
+
+@pytest.mark.parametrize(
+    ('moment', 'iteration', 'done', 'name'),
+    [
+        ('before_train_iter', 0, 1, 'preempted.pth'),
+        ('before_train_iter', 7, 8, 'preempted.pth'),
+        ('before_train_iter', 2 * BATCHES - 1, 2 * BATCHES, 'preempted.pth'),
+        ('before_val_iter', 2 * BATCHES, 2 * BATCHES, 'epoch_2.pth'),
+        ('after_val_epoch', 3 * BATCHES, 3 * BATCHES, 'epoch_3.pth'),
+    ],
+)
+def test_sigterm_saves_and_the_resumed_run_has_the_same_bits(
+    undisturbed, tmp_path, moment, iteration, done, name
+):
+    assert InChild(train, tmp_path, signal_at=(moment, iteration)).wait() == 99
+    latest = latest_checkpoint(str(tmp_path))
+    assert latest == str(tmp_path / name)
+    assert torch.load(latest)['meta']['iter'] == done
+    assert InChild(train, tmp_path, resume=True).wait() == 0
+    assert_equal_bit_for_bit(weights_of(tmp_path / 'epoch_4.pth'), undisturbed)
+    assert not (tmp_path / 'preempted.pth').exists()
+
+
+def test_two_signals_in_one_epoch(undisturbed, tmp_path):
+    for iteration in (6, 8):
+        child = InChild(train, tmp_path, resume=True, signal_at=('before_train_iter', iteration))
+        assert child.wait() == 99
+        assert torch.load(tmp_path / 'preempted.pth')['meta']['iter'] == iteration + 1
+    assert InChild(train, tmp_path, resume=True).wait() == 0
+    assert_equal_bit_for_bit(weights_of(tmp_path / 'epoch_4.pth'), undisturbed)
+
+
+def test_a_run_by_iterations(tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    options = dict(max_iters=10, checkpoint=dict(interval=4))
+    assert InChild(train, whole, **options).wait() == 0
+    child = InChild(train, parts, signal_at=('before_train_iter', 5), **options)
+    assert child.wait() == 99
+    assert InChild(train, parts, resume=True, **options).wait() == 0
+    assert_equal_bit_for_bit(weights_of(parts / 'iter_10.pth'), weights_of(whole / 'iter_10.pth'))
+
+
+def test_a_signal_to_the_workers_too(tmp_path):
+    """Slurm signals every process of a job; workers that died would end the iteration."""
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    options = dict(num_workers=2, epochs=2)
+    assert InChild(train, whole, **options).wait() == 0
+    child = InChild(train, parts, signal_at=('before_train_iter', 6), group=True, **options)
+    assert child.wait() == 99
+    assert InChild(train, parts, resume=True, **options).wait() == 0
+    assert_equal_bit_for_bit(weights_of(parts / 'epoch_2.pth'), weights_of(whole / 'epoch_2.pth'))
+
+
+def test_an_epoch_of_another_length_starts_anew(tmp_path):
+    assert InChild(train, tmp_path, signal_at=('before_train_iter', 6)).wait() == 99
+    tiny = runner(tmp_path, epochs=2, resume=True, batch_size=5)
+    tiny.train()
+    assert (
+        'an epoch has 2 now: the epoch starts anew'
+        in next(tmp_path.glob(f'{tiny.timestamp}/*.log')).read_text()
+    )
+    assert (tmp_path / 'epoch_2.pth').is_file()
+
+
+def test_needs_the_checkpoint_hook_of_this_package(tmp_path):
+    hooks = [dict(type='PreemptionHook')]
+    with pytest.raises(TypeError, match=r"default_hooks\.checkpoint\.type='SafeCheckpointHook'"):
+        runner(tmp_path, hooks=hooks, checkpoint=dict(type='CheckpointHook')).train()
+
+
+@pytest.mark.parametrize('exit_code', [0, 256, -15])
+def test_exit_codes_out_of_range_are_refused(exit_code):
+    with pytest.raises(ValueError, match=f'exit_code .*got {exit_code}'):
+        PreemptionHook(exit_code=exit_code)
