@@ -27,9 +27,10 @@ PAGES = sorted(p.name for p in (ROOT / 'docs').glob('*.md') if p.name not in NOT
 TUTORIAL = 'tutorial.md'
 # The tutorial for those who do not wait.
 SHORT = {
-    '--train 250': '--train 10',
-    'max_epochs=6': 'max_epochs=1',
-    'epoch_6.pth': 'epoch_1.pth',
+    '--train 500': '--train 10',
+    'tools/train.py my_detector.py': (
+        'tools/train.py my_detector.py --cfg-options train_cfg.max_epochs=1'
+    ),
 }
 BLOCK = re.compile(
     r'(?:<!-- (?P<mark>not run|needs): (?P<what>.+?) -->\n)?'
@@ -111,7 +112,7 @@ def test_the_tutorial(folder):
     output = ''
     for block in blocks(TUTORIAL)[0]:
         code = block.code
-        for long, short in {} if whole else SHORT.items():
+        for long, short in {}.items() if whole else SHORT.items():
             code = code.replace(long, short)
         if block.title:
             (folder / block.title).write_text(code)
