@@ -46,6 +46,8 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **kwargs: Any) -> s
     pages[ROOT / 'README.md'] = 'index.md'
 
     def replaced(match: re.Match[str]) -> str:
+        if '://' in match['target']:
+            return match[0]
         target = (folder / match['target']).resolve()
         if target in pages:
             # The sections of the README are other pages here.
