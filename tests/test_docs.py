@@ -119,11 +119,10 @@ def test_the_tutorial(folder):
         else:
             assert block.language == 'shell'
             output += run(['bash', '-e', '-c', code], folder)
-    ap = float(re.findall(r'coco/bbox_mAP: (\S+)', output)[-1])
     assert len(list((folder / 'detections').glob('*.png'))) == 6
     assert (folder / 'detector.onnx').is_file()
-    if whole:
-        assert ap > 0.3
+    if whole:  # one epoch on ten images finds nothing
+        assert float(re.findall(r'coco/bbox_mAP: (\S+)', output)[-1]) > 0.3
 
 
 def test_every_page_is_in_the_navigation():
