@@ -27,9 +27,10 @@ PAGES = sorted(p.name for p in (ROOT / 'docs').glob('*.md') if p.name not in NOT
 TUTORIAL = 'tutorial.md'
 # The tutorial for those who do not wait.
 SHORT = {
-    '--train 250': '--train 10',
-    'max_epochs=6': 'max_epochs=1',
-    'epoch_6.pth': 'epoch_1.pth',
+    '--train 500': '--train 10',
+    'tools/train.py my_detector.py': (
+        'tools/train.py my_detector.py --cfg-options train_cfg.max_epochs=1'
+    ),
 }
 BLOCK = re.compile(
     r'(?:<!-- (?P<mark>not run|needs): (?P<what>.+?) -->\n)?'
@@ -111,18 +112,17 @@ def test_the_tutorial(folder):
     output = ''
     for block in blocks(TUTORIAL)[0]:
         code = block.code
-        for long, short in {} if whole else SHORT.items():
+        for long, short in {}.items() if whole else SHORT.items():
             code = code.replace(long, short)
         if block.title:
             (folder / block.title).write_text(code)
         else:
             assert block.language == 'shell'
             output += run(['bash', '-e', '-c', code], folder)
-    ap = float(re.findall(r'coco/bbox_mAP: (\S+)', output)[-1])
     assert len(list((folder / 'detections').glob('*.png'))) == 6
     assert (folder / 'detector.onnx').is_file()
-    if whole:
-        assert ap > 0.3
+    if whole:  # one epoch on ten images finds nothing
+        assert float(re.findall(r'coco/bbox_mAP: (\S+)', output)[-1]) > 0.3
 
 
 def test_every_page_is_in_the_navigation():

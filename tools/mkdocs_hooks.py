@@ -21,7 +21,7 @@ PAGES = {
     'contributing.md': 'CONTRIBUTING.md',
     'pretraining.md': 'configs/pretrain/README.md',
 }
-_LINK = re.compile(r'\]\(([^)#\s]+)(#[^)\s]*)?\)')
+_LINK = re.compile(r'\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)')
 # Several names before one description, and the description with its further lines.
 _TOGETHER = re.compile(
     r'^(?P<indent> +)(?P<names>(?:\*{0,2}\w+,\s+)+\*{0,2}\w+)(?P<rest>(?: \([^)\n]*\))?: .*'
@@ -46,14 +46,15 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **kwargs: Any) -> s
     pages[ROOT / 'README.md'] = 'index.md'
 
     def replaced(match: re.Match[str]) -> str:
-        target = (folder / match[1]).resolve()
+        if '://' in match['target']:
+            return match[0]
+        target = (folder / match['target']).resolve()
         if target in pages:
             # The sections of the README are other pages here.
-            anchor = '' if target.name == 'README.md' else match[2] or ''
-            return f']({pages[target]}{anchor})'
-        if ROOT in target.parents and target.exists() and ROOT / 'docs' not in target.parents:
-            return f'] (`{target.relative_to(ROOT)}`)'
-        return match[0]
+            anchor = '' if target.name == 'README.md' else match['anchor'] or ''
+            return f'[{match["text"]}]({pages[target]}{anchor})'
+        outside = ROOT in target.parents and ROOT / 'docs' not in target.parents
+        return f'{match["text"]} (`{target.relative_to(ROOT)}`)' if outside else match[0]
 
     return _LINK.sub(replaced, markdown)
 
