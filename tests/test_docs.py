@@ -22,7 +22,15 @@ import yaml
 from tests.conftest import ROOT
 
 # Pages whose commands take hours or need data sets; their figures say with which they were made.
-NOT_RUN = {'analysis.md', 'own_data.md', 'performance.md', 'recipes.md', 'study.md', 'zoo.md'}
+NOT_RUN = {
+    'analysis.md',
+    'own_data.md',
+    'performance.md',
+    'recipes.md',
+    'small_objects.md',
+    'study.md',
+    'zoo.md',
+}
 PAGES = sorted(p.name for p in (ROOT / 'docs').glob('*.md') if p.name not in NOT_RUN)
 TUTORIAL = 'tutorial.md'
 # The tutorial for those who do not wait.

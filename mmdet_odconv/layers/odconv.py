@@ -83,6 +83,8 @@ class _ODConvNd(nn.Module):
 
     ndim: ClassVar[int]
     padding: tuple[int, ...] | str
+    # Of the class, so that modules that were pickled without it load; see use_valid_pooling.
+    valid_sizes: ValidSizes | None = None
 
     # Attributes of every nn.ConvNd that mmcv's ConvModule reads.
     transposed = False
@@ -155,7 +157,6 @@ class _ODConvNd(nn.Module):
         else:
             self.register_parameter('bias', None)
         self.attention = attention
-        self.valid_sizes: ValidSizes | None = None  # see use_valid_pooling
         self._reset_bank()
 
     @classmethod
