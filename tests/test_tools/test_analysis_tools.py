@@ -141,7 +141,9 @@ def test_the_page_shows_each_layer(tiny, run, tmp_path, capsys):
     assert page.headings[-2:] == [DYNAMIC, STATIC]
     assert page.rows[STATIC][:4] == ['0.000'] * 4
 
-    model = init_detector(Config.fromfile(tiny.config), tiny.checkpoint, 'cpu', cfg_options={})
+    model = init_detector(
+        Config.fromfile(tiny.config), tiny.checkpoint, device='cpu', cfg_options={}
+    )
     paths = [f'{tiny.images}/{i}.png' for i in range(5)]
     record, _ = attention_statistics(model, paths, lambda path: inference_detector(model, path))
     assert page.rows[DYNAMIC] == [
