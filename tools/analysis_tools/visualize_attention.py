@@ -141,10 +141,10 @@ def look(
 def plot_attention(name: str, values: Tensor, classes: list[str]) -> bytes:
     """A PNG of one attention: its mean, and how it differs from it in each image, by class."""
     order = sorted(range(len(classes)), key=classes.__getitem__)
-    number = values.shape[1]
-    mean = values.mean(0)
-    differences = (values - mean)[order]
-    limit = max(differences.abs().max().item(), DYNAMIC)
+    rows = values.numpy()[order]
+    number, mean = rows.shape[1], rows.mean(0)
+    differences = rows - mean
+    limit = max(np.abs(differences).max(), DYNAMIC)
 
     figure = Figure(figsize=(5.4, 4.8))
     grid = figure.add_gridspec(
