@@ -394,7 +394,8 @@ The <b>entropy</b> of the kernel attention is 1 where all kernels count the same
 taken alone. The <b>similarity</b> of the kernels is the mean cosine between two kernels of the
 bank. The <b>share by class</b> is how much of an attention's variance goes with the class of the
 image's best detection: 1 where it decides, about 0 where it does not matter, and – where there are
-fewer than two images a class. <b>Saturated</b> is the share of values within 0.01 of 0 or 1.</p></details>
+fewer than two images a class. <b>Saturated</b> is the share of values within 0.01 of 0 or 1.</p>
+</details>
 <h2>All layers</h2>
 <img src="$overview" alt="standard deviations by layer" width="704" height="374">
 <h2>Images</h2>
