@@ -256,11 +256,11 @@ def share_by_class(values: Tensor, classes: Sequence[str]) -> float | None:
     Returns:
         float, optional: 1 where the images of a class have the same attention, about 0 (it may be
         negative) where the class does not matter. None where it cannot be told: of a single
-        class, of as many classes as images, or of attentions that do not vary.
+        class, of fewer than two images a class on average, or of attentions that do not vary.
     """
     number, groups = len(classes), len(set(classes))
     total = (values - values.mean(0)).square().sum()
-    if not 1 < groups < number or total / values.numel() < 1e-12:
+    if not 1 < groups <= number / 2 or total / values.numel() < 1e-12:
         return None
     within = torch.zeros_like(total)
     for name in set(classes):

@@ -99,7 +99,7 @@ def run(monkeypatch):
 class Page(HTMLParser):
     """Checks that what is opened is closed, and collects what the page refers to."""
 
-    EMPTY = {'meta', 'link', 'img', 'br'}
+    EMPTY = {'meta', 'link', 'img', 'br', 'wbr'}
 
     def __init__(self, text):
         super().__init__()
@@ -115,6 +115,8 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag == 'tr':
             self.row = []
+        elif tag in ('th', 'td'):
+            self.row.append('')
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -122,8 +124,8 @@ class Page(HTMLParser):
             self.rows[self.row[1]] = self.row[2:]
 
     def handle_data(self, data):
-        if 'tr' in self.open and data.strip():
-            self.row.append(data.strip())
+        if 'th' in self.open or 'td' in self.open:
+            self.row[-1] += data
         if self.open and self.open[-1] in ('h1', 'h2'):
             self.headings.append(data)
 
@@ -141,7 +143,9 @@ def test_the_page_shows_each_layer(tiny, run, tmp_path, capsys):
     assert page.headings[-2:] == [DYNAMIC, STATIC]
     assert page.rows[STATIC][:4] == ['0.000'] * 4
 
-    model = init_detector(Config.fromfile(tiny.config), tiny.checkpoint, 'cpu', cfg_options={})
+    model = init_detector(
+        Config.fromfile(tiny.config), tiny.checkpoint, device='cpu', cfg_options={}
+    )
     paths = [f'{tiny.images}/{i}.png' for i in range(5)]
     record, _ = attention_statistics(model, paths, lambda path: inference_detector(model, path))
     assert page.rows[DYNAMIC] == [

@@ -141,10 +141,10 @@ def look(
 def plot_attention(name: str, values: Tensor, classes: list[str]) -> bytes:
     """A PNG of one attention: its mean, and how it differs from it in each image, by class."""
     order = sorted(range(len(classes)), key=classes.__getitem__)
-    number = values.shape[1]
-    mean = values.mean(0)
-    differences = (values - mean)[order]
-    limit = max(differences.abs().max().item(), DYNAMIC)
+    rows = values.numpy()[order]
+    number, mean = rows.shape[1], rows.mean(0)
+    differences = rows - mean
+    limit = max(np.abs(differences).max(), DYNAMIC)
 
     figure = Figure(figsize=(5.4, 4.8))
     grid = figure.add_gridspec(
@@ -353,6 +353,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #dde; }
 thead th { font-weight: 600; vertical-align: bottom; }
 tbody th { text-align: left; font-weight: normal; }
+thead tr:first-child th:nth-child(2) { text-align: left; }
 @media (max-width: 40rem) {
   table { font-size: .8rem; }
   th, td { padding: .2rem .3rem; }
@@ -392,8 +393,9 @@ $least. Cells below that are coloured.</p>
 The <b>entropy</b> of the kernel attention is 1 where all kernels count the same and 0 where one is
 taken alone. The <b>similarity</b> of the kernels is the mean cosine between two kernels of the
 bank. The <b>share by class</b> is how much of an attention's variance goes with the class of the
-image's best detection: 1 where it decides, about 0 where it does not matter. <b>Saturated</b> is
-the share of values within 0.01 of 0 or 1.</p></details>
+image's best detection: 1 where it decides, about 0 where it does not matter, and – where there are
+fewer than two images a class. <b>Saturated</b> is the share of values within 0.01 of 0 or 1.</p>
+</details>
 <h2>All layers</h2>
 <img src="$overview" alt="standard deviations by layer" width="704" height="374">
 <h2>Images</h2>
