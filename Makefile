@@ -3,7 +3,7 @@
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
 #   make test   the test suite
 #   make lint   ruff and mypy
-#   make faults trainings that are killed, on full disks, with broken files: a quarter of an hour
+#   make faults trainings that are killed, on full disks, with broken files: many minutes
 #   make fuzz   3,000 layers with options drawn by chance, against the formula
 #   make load   memory and open files over 2,000 iterations, many image sizes, many threads
 #   make study      the tables and figures of docs/study.md, from the logs of its runs
