@@ -102,11 +102,11 @@ cuda: $(READY)
 	$(BIN)/python tools/benchmark.py --compiled --device cuda --out work_dirs/benchmark_cuda_compiled.json
 
 demo: $(READY)
-	$(BIN)/python tools/make_shapes_dataset.py $(DEMO_DATA)
+	$(BIN)/python tools/make_shapes_dataset.py $(DEMO_DATA) --train 1200
 	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR)
 	$(BIN)/python tools/analysis_tools/plot_curves.py $(DEMO_DIR) --out $(DEMO_DIR)/curves.png
 	$(BIN)/python tools/image_demo.py $(DEMO_DATA)/val $(DEMO_CONFIG) \
-	    "$$(cat $(DEMO_DIR)/last_checkpoint)" --limit 6 --out-dir $(DEMO_DIR)/detections
+	    "$$(cat $(DEMO_DIR)/last_checkpoint)" --limit 6 --score-thr 0.5 --out-dir $(DEMO_DIR)/detections
 	@echo
 	@echo "Curves:     $(DEMO_DIR)/curves.png"
 	@echo "Detections: $(DEMO_DIR)/detections/*.png"

@@ -35,7 +35,7 @@ PAGES = sorted(p.name for p in (ROOT / 'docs').glob('*.md') if p.name not in NOT
 TUTORIAL = 'tutorial.md'
 # The tutorial for those who do not wait.
 SHORT = {
-    '--train 500': '--train 10',
+    '--train 1500': '--train 10',
     'tools/train.py my_detector.py': (
         'tools/train.py my_detector.py --cfg-options train_cfg.max_epochs=1'
     ),

@@ -74,6 +74,7 @@ def runner(work_dir, epochs=4, resume=False, hooks=(), checkpoint=None, **option
         batch_size=options.get('batch_size', BATCH),
         collate_fn=dict(type='default_collate'),
         num_workers=options.get('num_workers', 0),
+        persistent_workers=options.get('persistent_workers', False),
     )
     hook = dict(type='SafeCheckpointHook', interval=1, by_epoch=by_epoch, save_best='acc')
     hook |= dict(rule='greater', max_keep_ckpts=2) | (checkpoint or {})

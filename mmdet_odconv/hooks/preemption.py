@@ -1,7 +1,10 @@
 """A runner hook that saves and ends the training when a scheduler takes the machine back."""
 
+import atexit
 import functools
 import logging
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -56,11 +59,20 @@ class PreemptionHook(Hook):
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         # Slurm, for one, signals all processes of a job, and without its workers an iteration
-        # cannot be finished.
+        # cannot be finished. At the end, Python ends workers that are still there by SIGTERM.
+        self._training = multiprocessing.RawValue('b', 1)
+        atexit.register(self._end_of_training)
         loader = runner.train_loop.dataloader
-        loader.worker_init_fn = functools.partial(_without_sigterm, loader.worker_init_fn)
+        loader.worker_init_fn = functools.partial(
+            _defer_sigterm, loader.worker_init_fn, self._training
+        )
+
+    def _end_of_training(self) -> None:
+        self._training.value = 0
 
     def after_train(self, runner: Runner) -> None:
+        self._end_of_training()
+        atexit.unregister(self._end_of_training)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous)
 
@@ -102,8 +114,13 @@ class PreemptionHook(Hook):
         raise SystemExit(self.exit_code)
 
 
-def _without_sigterm(then: Callable[[int], None] | None, worker_id: int) -> None:
-    """Start a worker process that goes on after SIGTERM; it ends with the main process."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _defer_sigterm(then: Callable[[int], None] | None, training: Any, worker_id: int) -> None:
+    """Start a worker process that goes on after SIGTERM while ``training.value`` is not 0."""
+
+    def receive(*args: object) -> None:
+        if not training.value:
+            os._exit(0)  # as PyTorch's workers do; any other end is an error to the main process
+
+    signal.signal(signal.SIGTERM, receive)
     if then is not None:
         then(worker_id)

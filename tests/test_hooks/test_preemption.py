@@ -98,6 +98,14 @@ def test_a_signal_to_the_workers_too(tmp_path):
     assert_equal_bit_for_bit(weights_of(parts / 'epoch_2.pth'), weights_of(whole / 'epoch_2.pth'))
 
 
+def test_workers_that_persist_end_with_the_training(tmp_path):
+    child = InChild(train, tmp_path, epochs=1, num_workers=2, persistent_workers=True)
+    child.process.join(120)
+    ended = child.process.exitcode
+    child.process.kill()
+    assert ended == 0
+
+
 def test_an_epoch_of_another_length_starts_anew(tmp_path):
     assert InChild(train, tmp_path, signal_at=('before_train_iter', 6)).wait() == 99
     tiny = runner(tmp_path, epochs=2, resume=True, batch_size=5)

@@ -15,6 +15,7 @@ from terminaltables import GithubFlavoredMarkdownTable
 
 from mmdet_odconv import cli
 from mmdet_odconv.analysis import AttentionMeter, static_attentions, unwrapped
+from mmdet_odconv.dataset_checks import require_datasets
 
 
 def parse_args() -> argparse.Namespace:
@@ -102,7 +103,7 @@ def main() -> None:
     args = parse_args()
     config = cli.runner_config(args)
     cli.require_file(args.checkpoint, 'checkpoint')
-    cli.require_datasets(config, ('test_dataloader',))
+    require_datasets(config, ('test_dataloader',))
     cli.require_new_file(args.out, args.force)
     config.load_from, config.resume = args.checkpoint, False
     runner = cli.build_runner(config)

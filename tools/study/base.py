@@ -4,20 +4,9 @@ shapes.py and deeppcb.py add a task; arms.py says what each arm changes.
 """
 
 _base_ = [
-    '../../configs/_base_/models/retinanet_small.py',
+    '../../configs/_base_/models/retinanet_tiny.py',
     '../../configs/_base_/runtime_small.py',
 ]
-
-model = dict(
-    backbone=dict(depth=18, base_channels=16, frozen_stages=-1, norm_eval=False, init_cfg=None),
-    # From stride 4 on, with anchors from 12 pixels on: most objects are smaller than 32.
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32, start_level=0, num_outs=4),
-    bbox_head=dict(
-        in_channels=32,
-        feat_channels=32,
-        anchor_generator=dict(octave_base_scale=3, strides=[4, 8, 16, 32]),
-    ),
-)
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=4, val_interval=1)
 val_cfg = dict(type='ValLoop')
