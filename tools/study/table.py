@@ -107,7 +107,7 @@ def curves(arms: dict[str, list[Log]], path: Path) -> None:
         _band(right, [(t[0]['iteration'], [one['loss'] for one in t]) for t in training], arm)
     left.set(xlabel='epoch', ylabel='AP')
     right.set(xlabel='iteration', ylabel='training loss', yscale='log')
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc='outside right center', frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
