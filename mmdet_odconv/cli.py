@@ -246,19 +246,16 @@ def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
     return content.get('meta') or {}
 
 
-def require_start_weights(model: nn.Module, load_from: str | None = None) -> None:
-    """End the program unless the weights that the training starts from can be had.
+def require_start_weights(model: nn.Module) -> None:
+    """End the program unless the weights that an ``init_cfg`` starts the training from can be had.
 
     Args:
         model (nn.Module): The detector; wrapped ones too.
-        load_from (str, optional): The config's. Default: None.
 
     Raises:
-        SystemExit: A file of an ``init_cfg`` or of ``load_from`` cannot be loaded, say because
-            there is no network. The message has the file to fetch and the option to set.
+        SystemExit: A file cannot be loaded, say because there is no network. The message has the
+            file to fetch and the option to set.
     """
-    if load_from is not None:
-        _require_loadable(load_from, 'load_from', 'load_from=None')
     for name, module in model.named_modules():
         key = 'model' + f'.{name}'.removesuffix('.').removeprefix('.module')
         given = getattr(module, 'init_cfg', None)

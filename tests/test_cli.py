@@ -152,7 +152,7 @@ def test_without_a_network_the_address_is_named(monkeypatch, path, address):
 def test_start_weights_that_are_there_are_accepted(tmp_path):
     torch.save({}, tmp_path / 'a.pth')
     model = nn.ModuleDict(dict(module=Start(str(tmp_path / 'a.pth'))))
-    cli.require_start_weights(model, str(tmp_path / 'a.pth'))
+    cli.require_start_weights(model)
     (tmp_path / 'a.pth').unlink()
     with pytest.raises(SystemExit, match=r'^model\.backbone\.init_cfg\.checkpoint not found: '):
         cli.require_start_weights(model)

@@ -135,7 +135,7 @@ def main() -> None:
         warn_of_batch_size(runner, config)
         if resumed and 'runner_type' not in config:
             cli.require_weights(model, config.load_from)
-        cli.require_start_weights(runner.model, None if resumed else config.get('load_from'))
+        cli.require_start_weights(runner.model)
         runner.train()
     except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error

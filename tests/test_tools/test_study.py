@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from mmdet_odconv import ODConv2d
 from tests.conftest import ROOT
 
 OPTIONS = {
@@ -100,7 +101,7 @@ def test_every_arm_builds_with_the_counts_of_its_convolutions(tool):
     banks = sum(
         layer.weight.numel()
         for layer in run.MODELS.build(run.arm_config('od_k4', 0).model).modules()
-        if isinstance(layer, run._ODConvNd)
+        if isinstance(layer, ODConv2d)
     )
     assert counts['od_k4']['multiply_adds'] == plain['multiply_adds'] + banks
     assert counts['plain_wide_madds']['multiply_adds'] >= counts['od_k4']['multiply_adds']

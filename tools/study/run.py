@@ -27,9 +27,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
-from torch import nn
 
-from mmdet_odconv.layers.odconv import _ODConvNd
+from mmdet_odconv.complexity import count_complexity
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
@@ -119,23 +118,12 @@ def count(config: Config) -> dict[str, int]:
 
     Those of a dynamic convolution include the mixture of its bank, which is made for each image.
     """
-    model = MODELS.build(config.model).eval()
-    madds = 0
-
-    def add(layer: Any, inputs: Any, output: Any) -> None:
-        nonlocal madds
-        kernels = layer.weight if isinstance(layer, _ODConvNd) else layer.weight[None]
-        madds += kernels[0, 0].numel() * output.numel()
-        if len(kernels) > 1:
-            madds += kernels.numel()
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | _ODConvNd):
-            module.register_forward_hook(add)
-    height, width = config.scale
-    with torch.no_grad():
-        model(torch.zeros(1, 3, height, width), mode='tensor')
-    return {'parameters': sum(p.numel() for p in model.parameters()), 'multiply_adds': madds}
+    image = torch.zeros(1, 3, *config.scale)
+    whole = count_complexity(MODELS.build(config.model), image, mode='tensor')['']
+    return {
+        'parameters': whole.parameters,
+        'multiply_adds': whole.convolution + whole.mixture,
+    }
 
 
 def step_seconds(config: Config, steps: int = 20) -> float:
