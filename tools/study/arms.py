@@ -1,4 +1,8 @@
-"""The arms of the study: what each changes in the config of a task."""
+"""The arms of the study: what each changes in the config of a task.
+
+Every arm can be trained at another learning rate: ``plain_rate4`` is ``plain`` at four times the
+rate of the task.
+"""
 
 from typing import Any
 
@@ -20,11 +24,6 @@ def wide(channels: int) -> Options:
         'model.backbone.base_channels': channels,
         'model.neck.in_channels': [channels * 2**stage for stage in range(4)],
     }
-
-
-def rate(options: Options, factor: float) -> Options:
-    """With another learning rate than the task's 0.001."""
-    return {**options, 'optim_wrapper.optimizer.lr': 0.001 * factor}
 
 
 LN = dict(type='LN')
@@ -57,13 +56,6 @@ def bank_rate(options: Options, factor: float) -> Options:
     return {**options, 'optim_wrapper.paramwise_cfg.bank_lr_mult': factor}
 
 
-# Whether an arm has the rate that suits it.
-RATES: dict[str, Options] = {
-    f'{arm}_rate{factor}': rate(options, factor)
-    for arm, options in (('plain', {}), ('od_k4_ln', dynamic(4, norm_cfg=LN)))
-    for factor in (2, 4)
-}
-
 ARMS: dict[str, Options] = {
     'plain': {},
     'od_k1': dynamic(1),
@@ -80,7 +72,6 @@ ARMS: dict[str, Options] = {
     # As many multiply-adds, or as much time for a step, as od_k4: see docs/study.md.
     'plain_wide_madds': wide(17),
     'plain_wide_time': wide(22),
-    **RATES,
 }
 
 # Of the tasks that start from static weights.
@@ -93,5 +84,4 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4': dynamic(4),
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
-    **RATES,
 }

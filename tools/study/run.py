@@ -11,6 +11,7 @@ Example: python tools/study/run.py plain od_k4 --seeds 0 1 2
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
 TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'shapes': (STUDY / 'shapes.py', ARMS),
+    'narrow': (STUDY / 'narrow.py', ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'small_batch': (STUDY / 'small_batch.py', PRETRAINED_ARMS),
@@ -48,15 +50,24 @@ def arm_config(
     """The config of a run.
 
     Args:
-        arm (str): One of those of the task.
+        arm (str): One of those of the task, ``plain_rate4`` for ``plain`` at four times the task's
+            learning rate.
         seed (int): Seed of the weights' start and of the order of the data.
         options (dict, optional): Further changes, as of ``--cfg-options``. Default: None.
         task (str): One of ``TASKS``. Default: 'shapes'.
     """
     path, arms = TASKS[task]
+    name, factor = split_rate(arm)
     config = Config.fromfile(path)
-    config.merge_from_dict({**arms[arm], 'randomness': dict(seed=seed), **(options or {})})
+    config.merge_from_dict({**arms[name], 'randomness': dict(seed=seed), **(options or {})})
+    config.optim_wrapper.optimizer.lr *= factor
     return config
+
+
+def split_rate(arm: str) -> tuple[str, float]:
+    """The arm without its learning rate, and the rate relative to the task's."""
+    found = re.fullmatch(r'(.+?)_rate(\d+(?:\.\d+)?)', arm)
+    return (found[1], float(found[2])) if found else (arm, 1.0)
 
 
 def train(config: Config, work_dir: Path) -> None:
@@ -199,7 +210,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     for arm in args.arms:
-        if arm not in TASKS[args.task][1]:
+        if split_rate(arm)[0] not in TASKS[args.task][1]:
             parser.error(f'there is no arm {arm!r}; there are {", ".join(TASKS[args.task][1])}')
     args.work_dirs = args.work_dirs or ROOT / 'work_dirs/study' / args.task
     args.logs = args.logs or (LOGS if args.task == 'shapes' else LOGS / args.task)
