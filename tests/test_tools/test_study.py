@@ -121,22 +121,23 @@ def test_no_logs(tool, tmp_path, capsys):
     assert 'has no log' in capsys.readouterr().err
 
 
-def test_every_arm_builds_with_the_counts_of_its_convolutions(tool):
+@pytest.mark.parametrize('task', ['shapes', 'narrow'])
+def test_every_arm_builds_with_the_counts_of_its_convolutions(tool, task):
     run = tool('run')
-    counts = {arm: run.count(run.arm_config(arm, 0)) for arm in run.TASKS['shapes'][1]}
+    counts = {arm: run.count(run.arm_config(arm, 0, task=task)) for arm in run.TASKS[task][1]}
     plain = counts['plain']
     assert counts['od_k1']['multiply_adds'] == plain['multiply_adds']
     # A bank is mixed once for an image: as many multiply-adds as it has entries.
     banks = sum(
         layer.weight.numel()
-        for layer in run.MODELS.build(run.arm_config('od_k4', 0).model).modules()
+        for layer in run.MODELS.build(run.arm_config('od_k4', 0, task=task).model).modules()
         if isinstance(layer, ODConv2d)
     )
     assert counts['od_k4']['multiply_adds'] == plain['multiply_adds'] + banks
     assert counts['plain_wide_madds']['multiply_adds'] >= counts['od_k4']['multiply_adds']
 
 
-@pytest.mark.parametrize('task', ['pretrained', 'small_batch'])
+@pytest.mark.parametrize('task', ['pretrained', 'narrow_pretrained', 'small_batch'])
 def test_the_rates_of_arms_from_static_weights(tool, task):
     run = tool('run')
     rates = {}

@@ -19,7 +19,7 @@ def dynamic(kernel_num: int, **odconv_cfg: Any) -> Options:
 
 
 def wide(channels: int) -> Options:
-    """The plain network with more channels in its first stage than 16, and in all that follow."""
+    """A network with so many channels in its first stage, and accordingly in those that follow."""
     return {
         'model.backbone.base_channels': channels,
         'model.neck.in_channels': [channels * 2**stage for stage in range(4)],
@@ -27,8 +27,6 @@ def wide(channels: int) -> Options:
 
 
 LN = dict(type='LN')
-
-
 BANK_RATE = 2.0  # what pretrained.py gives the banks, which start from static weights
 
 
@@ -67,6 +65,8 @@ ARMS: dict[str, Options] = {
     'dyconv_k4': dynamic(4, type='DyConv2d'),
     'od_spatial': dynamic(1, attentions=('spatial',)),
     'od_channel': dynamic(1, attentions=('channel',)),
+    # Squeeze and excitation in front of each convolution: the channel attention, without a norm.
+    'se': dynamic(1, attentions=('channel',), norm_cfg=None),
     'od_filter': dynamic(1, attentions=('filter',)),
     'od_kernel': dynamic(4, attentions=('kernel',)),
     # As many multiply-adds, or as much time for a step, as od_k4: see docs/study.md.
@@ -85,3 +85,20 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
 }
+
+# A network that is too small for the task: half the channels in the backbone, and a light neck and
+# head from stride 8 on. What limits a run is then what the backbone can express, not the schedule.
+NARROW: Options = {
+    **wide(8),
+    'model.neck.start_level': 1,
+    'model.neck.num_outs': 3,
+    'model.bbox_head.stacked_convs': 1,
+    'model.bbox_head.anchor_generator.octave_base_scale': 1.5,
+    'model.bbox_head.anchor_generator.strides': [8, 16, 32],
+}
+NARROW_ARMS = {arm: {**NARROW, **options} for arm, options in ARMS.items()}
+NARROW_ARMS |= {
+    'plain_wide_madds': {**NARROW, **wide(9)},
+    'plain_wide_time': {**NARROW, **wide(16)},
+}
+NARROW_PRETRAINED_ARMS = {arm: {**NARROW, **options} for arm, options in PRETRAINED_ARMS.items()}

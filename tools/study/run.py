@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, PRETRAINED_ARMS, Options
+from arms import (
+    ARMS,
+    NARROW_ARMS,
+    NARROW_PRETRAINED_ARMS,
+    PRETRAINED_ARMS,
+    Options,
+)
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -35,9 +41,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
 TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'shapes': (STUDY / 'shapes.py', ARMS),
-    'narrow': (STUDY / 'narrow.py', ARMS),
+    'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
+    'narrow_pretrained': (STUDY / 'pretrained.py', NARROW_PRETRAINED_ARMS),
     'small_batch': (STUDY / 'small_batch.py', PRETRAINED_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'
