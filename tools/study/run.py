@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from arms import (
     ARMS,
+    LIGHT_ARMS,
+    LIGHT_PRETRAINED_ARMS,
     NARROW_ARMS,
-    NARROW_PRETRAINED_ARMS,
     PRETRAINED_ARMS,
     Options,
 )
@@ -41,10 +42,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
 TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'shapes': (STUDY / 'shapes.py', ARMS),
+    'light': (STUDY / 'shapes.py', LIGHT_ARMS),
     'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
-    'narrow_pretrained': (STUDY / 'pretrained.py', NARROW_PRETRAINED_ARMS),
+    'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
     'small_batch': (STUDY / 'small_batch.py', PRETRAINED_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'

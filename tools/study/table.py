@@ -26,7 +26,15 @@ METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
 TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
 # The tables of a task stand between these two lines of the page. All tasks but the first have their
 # logs in a folder of their own.
-TASKS = ('shapes', 'narrow', 'pretrained', 'narrow_pretrained', 'small_batch', 'deeppcb')
+TASKS = (
+    'shapes',
+    'light',
+    'narrow',
+    'pretrained',
+    'light_pretrained',
+    'small_batch',
+    'deeppcb',
+)
 START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
 Log = dict[str, Any]
 plt.rcParams['axes.prop_cycle'] = cycler(color=plt.get_cmap('tab20').colors)  # one for each arm
