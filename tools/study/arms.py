@@ -54,12 +54,30 @@ def bank_rate(options: Options, factor: float) -> Options:
     return {**options, 'optim_wrapper.paramwise_cfg.bank_lr_mult': factor}
 
 
+# The paper's initialisation, and its temperature from 30 to 1 in the first tenth of the schedule.
+PAPER: Options = {
+    **dynamic(4, attention_init='published'),
+    'custom_hooks': [dict(type='ODConvTemperatureHook', initial=30.0, anneal_iters=300)],
+}
+
+
+def attention_rate(options: Options, factor: float) -> Options:
+    """With another rate for the attentions, and no weight decay that would hold them at zero."""
+    return {
+        **options,
+        'optim_wrapper.constructor': 'ODConvOptimWrapperConstructor',
+        'optim_wrapper.paramwise_cfg': dict(attention_lr_mult=factor, attention_decay_mult=0.0),
+    }
+
+
 ARMS: dict[str, Options] = {
     'plain': {},
     'od_k1': dynamic(1),
     'od_k4': dynamic(4),
     'od_k1_ln': dynamic(1, norm_cfg=LN),
     'od_k4_ln': dynamic(4, norm_cfg=LN),
+    'od_k4_paper': PAPER,
+    'od_k4_ln_attention10': attention_rate(dynamic(4, norm_cfg=LN), 10.0),
     'condconv_k4': dynamic(4, type='CondConv2d'),
     'condconv_k8': dynamic(8, type='CondConv2d'),
     'dyconv_k4': dynamic(4, type='DyConv2d'),
