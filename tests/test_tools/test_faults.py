@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
+from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -128,17 +130,19 @@ def test_load_from_with_other_classes_says_what_it_leaves_out(tools, tmp_path):
 
 
 @pytest.fixture
-def spoilt(tools, tmp_path):
+def spoilt(tools, tmp_path, monkeypatch):
     """The tools on a copy of the images, which a test may spoil, and a function to do so."""
     shapes = tmp_path / 'shapes'
+    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
     shutil.copytree(tools.shapes, shapes)
     other = Tools(tmp_path, shapes)
     path = shapes / 'annotations/instances_train.json'
 
     def change(function):
         content = json.loads(path.read_text())
-        function(content)
+        number = function(content)
         path.write_text(json.dumps(content))
+        return number
 
     other.change = change
     other.image = shapes / 'train' / json.loads(path.read_text())['images'][0]['file_name']
@@ -149,6 +153,7 @@ def box(values):
     def change(content):
         for annotation in content['annotations'][:3]:
             annotation['bbox'] = values
+        return 3
 
     return change
 
@@ -156,20 +161,42 @@ def box(values):
 def of_no_class(content):
     for annotation in content['annotations'][:3]:
         annotation['category_id'] = 99
+    return 3
 
 
 def without_objects(content):
     first = content['images'][0]['id']
-    content['annotations'] = [a for a in content['annotations'] if a['image_id'] != first]
+    left = [a for a in content['annotations'] if a['image_id'] != first]
+    number = len(content['annotations']) - len(left)
+    content['annotations'] = left
+    return number
 
 
-@pytest.mark.parametrize(
-    'change',
-    [box([5, 5, 0, 0]), box([900, 900, 10, 10]), box([5, 5, -3, 8]), of_no_class, without_objects],
-    ids=['no area', 'outside', 'negative width', 'unknown category', 'no objects'],
-)
+def objects(tools):
+    """How many objects the training images have for MMDetection."""
+    dataset = DATASETS.build(Config.fromfile(tools.config).train_dataloader.dataset)
+    return sum(len(dataset.get_data_info(i)['instances']) for i in range(len(dataset)))
+
+
+NAN, INF = float('nan'), float('inf')
+ODD = {
+    'no area': box([5, 5, 0, 0]),
+    'outside': box([900, 900, 10, 10]),
+    'negative width': box([5, 5, -3, 8]),
+    'no number': box([NAN, 5, 10, 10]),
+    'no number for its width': box([5, 5, NAN, 10]),
+    'at an infinite place': box([5, INF, 10, 10]),
+    'unknown category': of_no_class,
+    'no objects': without_objects,
+}
+
+
+@pytest.mark.parametrize('change', ODD.values(), ids=ODD)
 def test_odd_annotations_are_left_out(spoilt, change):
-    spoilt.change(change)
+    before = objects(spoilt)
+    number = spoilt.change(change)
+    assert number > 0
+    assert objects(spoilt) == before - number
     assert spoilt.train(spoilt.root / 'work', epochs=1) == 0, spoilt.log()[-3000:]
     assert 'loss: nan' not in spoilt.log()
 
@@ -187,19 +214,15 @@ def test_an_image_that_cannot_be_read_is_named(spoilt, content, workers):
     assert checkpoints(work_dir) == before
 
 
-def test_half_an_image_is_trained_on_or_named(spoilt):
+def test_half_an_image_is_trained_on(spoilt):
+    """libjpeg fills the rest with grey; mmcv does not see that, nor do we."""
     truncated(spoilt.image)
-    exit_code = spoilt.train(spoilt.root / 'work', epochs=1)
-    assert exit_code == 0 or str(spoilt.image) in spoilt.last_line()
+    assert spoilt.train(spoilt.root / 'work', epochs=1) == 0
 
 
-def test_boxes_that_are_no_numbers_stop_the_run_before_they_reach_the_weights(spoilt):
-    spoilt.change(box([float('nan'), 5, 10, 10]))
+def test_an_infinite_box_does_not_reach_the_weights(spoilt):
+    spoilt.change(box([5, 5, INF, 10]))
     exit_code = spoilt.train(spoilt.root / 'work', epochs=1)
-    if exit_code == 0:
-        weights = weights_of(spoilt.root / 'work/epoch_1.pth')
-        assert all(value.isfinite().all() for value in weights.values())
-    else:
-        assert 'the loss of iteration' in spoilt.last_line()
-        assert str(spoilt.image) in spoilt.last_line()
-        assert not checkpoints(spoilt.root / 'work')
+    print('EXIT', exit_code, spoilt.last_line())
+    weights = weights_of(spoilt.root / 'work/epoch_1.pth')
+    assert all(value.isfinite().all() for value in weights.values())
