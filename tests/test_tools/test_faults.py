@@ -214,15 +214,16 @@ def test_an_image_that_cannot_be_read_is_named(spoilt, content, workers):
     assert checkpoints(work_dir) == before
 
 
-def test_half_an_image_is_trained_on(spoilt):
-    """libjpeg fills the rest with grey; mmcv does not see that, nor do we."""
+def test_half_an_image_is_trained_on_or_named(spoilt):
+    """OpenCV decides: some versions fill the rest with grey, others refuse it."""
     truncated(spoilt.image)
-    assert spoilt.train(spoilt.root / 'work', epochs=1) == 0
-
-
-def test_an_infinite_box_does_not_reach_the_weights(spoilt):
-    spoilt.change(box([5, 5, INF, 10]))
     exit_code = spoilt.train(spoilt.root / 'work', epochs=1)
-    print('EXIT', exit_code, spoilt.last_line())
+    assert exit_code in (0, 1)
+    assert exit_code == 0 or str(spoilt.image) in spoilt.last_line()
+
+
+def test_an_infinite_box_ends_where_the_image_does(spoilt):
+    spoilt.change(box([5, 5, INF, 10]))
+    assert spoilt.train(spoilt.root / 'work', epochs=1) == 0, spoilt.log()[-3000:]
     weights = weights_of(spoilt.root / 'work/epoch_1.pth')
     assert all(value.isfinite().all() for value in weights.values())
