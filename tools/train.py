@@ -88,7 +88,7 @@ def resume_own(config: Config, path: str) -> None:
     """The same for a runner of another kind, which saves in its own way, say in folders."""
     config.resume, config.load_from = True, None if path == 'auto' else path
     latest = find_latest_checkpoint(config.work_dir) if path == 'auto' else path
-    if latest is not None and Path(latest).is_file():
+    if latest is not None and not Path(latest).is_dir():
         cli.require_checkpoint(latest)
 
 

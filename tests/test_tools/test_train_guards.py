@@ -8,7 +8,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
+from torch import nn
 
+from mmdet_odconv import compat
 from tests.conftest import ROOT
 from tests.test_checkpoint.test_reading import Hostile
 
@@ -55,6 +57,23 @@ def test_without_its_checkpoint_hook_sigterm_is_left_alone(checkpoint):
 
 def test_a_runner_of_another_kind_keeps_its_hooks():
     assert guarded(runner_type='FlexibleRunner') == dict(runner_type='FlexibleRunner')
+
+
+def test_a_run_goes_on_with_its_seed_after_one_reading(tmp_path, monkeypatch):
+    model, path = nn.Linear(2, 2), tmp_path / 'epoch_1.pth'
+    torch.save(dict(state_dict=model.state_dict(), optimizer={}, meta=dict(seed=3)), path)
+    runner = SimpleNamespace(model=nn.Linear(2, 2))
+    monkeypatch.setattr(TOOL.cli, 'build_runner', lambda config: runner)
+    readings, load = [], compat._torch_load
+    monkeypatch.setattr(
+        compat, '_torch_load', lambda file, **kwargs: readings.append(file) or load(file, **kwargs)
+    )
+    config = Config(dict(work_dir=str(tmp_path), train_dataloader={}))
+    assert TOOL.checked_runner(config, 'auto') is runner
+    assert readings == [path]
+    assert (config.resume, config.load_from) == (True, str(path))
+    assert config.randomness.seed == 3
+    assert torch.equal(runner.model.weight, model.weight)
 
 
 def test_a_runner_of_another_kind_goes_on_from_folders_but_from_no_strangers_file(tmp_path):
