@@ -15,9 +15,10 @@ from typing import Any
 
 import cv2
 import mmengine
+from mmdet.apis import init_detector
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import (
     get_deprecated_model_names,
     get_external_models,
@@ -26,7 +27,7 @@ from mmengine.runner.checkpoint import (
 from torch import Tensor, nn
 
 from .analysis import odconv_layers
-from .checkpoint import CheckpointFileError, not_finite, read_checkpoint
+from .checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
 from .conversion.errors import ConversionError
 from .functional.arguments import ArgumentError
 from .layers.odconv import _ODConvNd
@@ -187,8 +188,10 @@ def not_found(path: str, what: str) -> str:
     return message
 
 
-def require_checkpoint(path: str) -> dict[str, Any]:
+def require_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint, and end the program unless that is possible without running its code.
+
+    The tools call this before MMEngine opens the file, which with some versions runs that code.
 
     Args:
         path (str): The checkpoint, as MMEngine takes it.
@@ -196,13 +199,14 @@ def require_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         SystemExit: The message names the file and the cause.
     """
+    require_file(path, 'checkpoint')
     try:
         return read_checkpoint(path)
     except CheckpointFileError as error:
         raise SystemExit(str(error)) from error
 
 
-def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
+def require_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """End the program unless a checkpoint has all the weights of a model.
 
     MMEngine itself only logs what does not fit, and a model with random weights in some of its
@@ -211,18 +215,13 @@ def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
 
     Args:
         model (nn.Module): The detector, without wrappers.
-        path (str): The checkpoint, as MMEngine takes it.
-
-    Returns:
-        dict: What else the checkpoint says of itself, its entry 'meta'.
+        checkpoint (Checkpoint): The checkpoint.
 
     Raises:
-        SystemExit: The file cannot be read, or entries are missing, have other shapes or values
-            that are not finite. The message names the first of them, and both numbers of kernels
-            or of classes.
+        SystemExit: Entries are missing, have other shapes or values that are not finite. The
+            message names the first of them, and both numbers of kernels or of classes.
     """
-    content = require_checkpoint(path)
-    state_dict = content.get('state_dict', content)
+    state_dict = checkpoint.content.get('state_dict', checkpoint.content)
     entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     complaints = _other_shapes(model, entries)
     broken = not_finite(model, entries)
@@ -242,8 +241,26 @@ def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
                 f'{missing[0]}'
             ]
     if complaints:
-        raise SystemExit(f'{path} does not fit the config: {"; ".join(complaints)}')
-    return content.get('meta') or {}
+        raise SystemExit(f'{checkpoint.path} does not fit the config: {"; ".join(complaints)}')
+
+
+def load_detector(config: Config, path: str, device: str = 'cpu') -> nn.Module:
+    """mmdet's ``init_detector``, for checkpoints that fit alone.
+
+    Args:
+        config (Config): A whole config.
+        path (str): The checkpoint, as MMEngine takes it.
+        device (str): Where the detector is to be. Default: 'cpu'.
+
+    Raises:
+        SystemExit: As of :func:`require_checkpoint` and :func:`require_weights`.
+    """
+    checkpoint = require_checkpoint(path)
+    shorten_report(config)
+    # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
+    model = init_detector(config, path, device=device, cfg_options={})
+    require_weights(model, checkpoint)
+    return model
 
 
 def require_start_weights(model: nn.Module) -> None:
@@ -271,13 +288,12 @@ def _require_loadable(path: str, option: str, without: str) -> None:
     if '://' not in path and not Path(path).exists():
         raise SystemExit(f'{not_found(path, option)}; to start without it set {without}')
     try:
-        CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    except Exception as error:  # no network, no torchvision, bytes that are no checkpoint
-        reason = str(error).strip().partition('\n')[0]
+        read_checkpoint(path)
+    except CheckpointFileError as error:  # no network and no torchvision, too
         address = _address(path)
         fetch = f'fetch {address} and set' if address else 'set'
         raise SystemExit(
-            f'{option}={path} cannot be loaded ({reason}); {fetch} --cfg-options {option}=FILE, '
+            f'{option}: {error}; {fetch} --cfg-options {option}=FILE, '
             f'or start without these weights by --cfg-options {without}'
         ) from error
 

@@ -120,8 +120,10 @@ def test_weights_that_cannot_be_had_name_the_file_and_the_options(monkeypatch):
     with pytest.raises(SystemExit) as error:
         cli.require_start_weights(Start('torchvision://resnet50', frozen_stages=1))
     message = str(error.value)
-    assert message.startswith('model.backbone.init_cfg.checkpoint=torchvision://resnet50 cannot be')
-    assert 'torchvision' in message.partition('(')[2]
+    assert message.startswith(
+        'model.backbone.init_cfg.checkpoint: torchvision://resnet50 cannot be'
+    )
+    assert 'torchvision' in message.partition('read as a checkpoint: ')[2]
     assert re.search(r'fetch https://\S+/resnet50-\w+\.pth and set --cfg-options model', message)
     assert message.endswith(
         'model.backbone.init_cfg=None model.backbone.frozen_stages=-1 '
@@ -145,7 +147,7 @@ def test_without_a_network_the_address_is_named(monkeypatch, path, address):
     monkeypatch.setattr('mmengine.runner.checkpoint.load_from_http', offline)
     for loader in ('https://', 'http://'):
         monkeypatch.setitem(CheckpointLoader._schemes, loader, offline)
-    with pytest.raises(SystemExit, match=rf'\(no network\); fetch {address}'):
+    with pytest.raises(SystemExit, match=rf': no network; fetch {address}'):
         cli.require_start_weights(Start(path))
 
 
@@ -197,12 +199,16 @@ def dynamic(kernel_num=4, classes=3):
     )
 
 
+def require_weights(model, path):
+    cli.require_weights(model, cli.require_checkpoint(str(path)))
+
+
 @pytest.mark.parametrize('wrapped', [True, False])
 def test_weights_that_fit_are_loaded(tmp_path, wrapped):
     model, other = dynamic(), dynamic()
     state = {'module.' * wrapped + name: t for name, t in model.state_dict().items()}
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'a.pth')
-    cli.require_weights(other, str(tmp_path / 'a.pth'))
+    require_weights(other, tmp_path / 'a.pth')
     assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
 
 
@@ -211,7 +217,7 @@ def test_static_weights_fit(tmp_path):
         dict(backbone=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), head=nn.Conv2d(8, 3, 1))
     )
     torch.save(plain.state_dict(), tmp_path / 'a.pth')
-    cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+    require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize(
@@ -228,20 +234,20 @@ def test_static_weights_fit(tmp_path):
 def test_weights_of_another_shape_end_the_program(tmp_path, options, message):
     torch.save(dynamic(**options).state_dict(), tmp_path / 'a.pth')
     with pytest.raises(SystemExit, match=rf'a\.pth does not fit the config: {message}'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 def test_weights_of_another_model_end_the_program(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / 'a.pth')
     with pytest.raises(SystemExit, match=r'of the \d+ weights of the model are not in the file'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize('content', [b'', b'text', pickle.dumps(3)])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     (tmp_path / 'a.pth').write_bytes(content)
     with pytest.raises(SystemExit, match=r'a\.pth (cannot be read as a checkpoint|has no state)'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
@@ -249,4 +255,4 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
     content = (tmp_path / 'a.pth').read_bytes()
     (tmp_path / 'a.pth').write_bytes(content[: len(content) // 2])
     with pytest.raises(SystemExit, match=r'a\.pth cannot be read as a checkpoint'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')

@@ -94,7 +94,7 @@ def runner(work_dir, epochs=4, resume=False, hooks=(), checkpoint=None, **option
         randomness=dict(seed=0) | options.get('randomness', {}),
         launcher=options.get('launcher', 'none'),
         cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)),
-        load_from=latest,
+        load_from=latest.path if latest else None,
         resume=latest is not None,
         experiment_name=f'{work_dir}-{time.time_ns()}',
     )

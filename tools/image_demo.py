@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 import mmcv
-from mmdet.apis import inference_detector, init_detector
+from mmdet.apis import inference_detector
 from mmdet.registry import VISUALIZERS
 
 from mmdet_odconv import cli, fuse_odconv_bn
@@ -33,12 +33,7 @@ def main() -> None:
     args = parse_args()
     images = cli.find_images(args.image)[: args.limit]
     config = cli.load_config(args.config, args.cfg_options)
-    cli.require_file(args.checkpoint, 'checkpoint')
-    cli.require_checkpoint(args.checkpoint)
-    cli.shorten_report(config)
-    # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
-    model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})
-    cli.require_weights(model, args.checkpoint)
+    model = cli.load_detector(config, args.checkpoint, args.device)
     if args.fuse_conv_bn:
         fuse_odconv_bn(model)
     palette, classes = (model.dataset_meta.get(name) for name in ('palette', 'classes'))

@@ -125,7 +125,7 @@ def test_a_kill_during_any_write_loses_nothing(undisturbed, tmp_path, moment):
         exit_code = InChild(kill_at_write, tmp_path, number, moment, resume=True).wait()
         assert exit_code in (0, -signal.SIGKILL)
         latest = latest_checkpoint(str(tmp_path))
-        reached = torch.load(latest)['meta']['iter'] if latest else 0
+        reached = latest.meta['iter'] if latest else 0
         assert reached >= iterations
         iterations = reached
     assert InChild(train, tmp_path, resume=True).wait() == 0

@@ -18,7 +18,7 @@ import mmcv
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from mmdet.apis import inference_detector, init_detector
+from mmdet.apis import inference_detector
 from mmdet.registry import VISUALIZERS
 from mmengine.config import Config
 from mmengine.visualization import Visualizer
@@ -430,11 +430,8 @@ def main() -> None:
             f'{args.images}: the spread over images takes at least two of them, got {len(paths)}'
         )
     config = cli.load_config(args.config, args.cfg_options)
-    cli.require_file(args.checkpoint, 'checkpoint')
-    # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
-    model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})
+    model = cli.load_detector(config, args.checkpoint, args.device)
     cli.require_odconv_layers(model, args.config)
-    cli.require_weights(model, args.checkpoint)
     pictures, layers = look(model, config, paths, args.score_thr)
     if not layers:
         raise SystemExit(f'{args.config}: the detector uses none of its ODConv layers')

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from mmcv.transforms import Compose
-from mmdet.apis import init_detector
 from mmdet.utils import get_test_pipeline_cfg
 from torch import Tensor, nn
 
@@ -58,11 +57,9 @@ def main() -> None:
     args = parse_args()
     cli.require_packages('onnx', 'onnxruntime', 'onnxscript')
     config = cli.load_config(args.config, args.cfg_options)
-    cli.require_file(args.checkpoint, 'checkpoint')
     cli.require_new_file(args.out, args.force)
     paths = cli.find_images(args.images)[: args.limit] if args.images else []
-    cli.shorten_report(config)
-    detector = init_detector(config, args.checkpoint, device='cpu')
+    detector = cli.load_detector(config, args.checkpoint)
 
     # Under another name until it has passed, so that a bad file is never taken for a good one.
     unproved = f'{args.out}.unproved'
