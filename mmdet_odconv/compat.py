@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -92,6 +93,17 @@ def register_config_scope() -> None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     MODULE2PACKAGE.setdefault('mmdet_odconv', 'mmdet_odconv.version')
+
+
+def read_annotations_as_utf8() -> None:
+    """Let pycocotools read annotation files as UTF-8, as JSON is, whatever the locale.
+
+    It names no encoding. Under another one it fails at the first class name that is not ASCII,
+    or reads a name that no class has.
+    """
+    from pycocotools import coco
+
+    coco.open = partial(open, encoding='utf-8')
 
 
 def add_safe_globals(allowed: Sequence[Any]) -> None:

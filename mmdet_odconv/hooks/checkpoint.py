@@ -214,7 +214,7 @@ class SafeCheckpointHook(CheckpointHook):
             self._position = None
         path = self.file_backend.join_path(self.out_dir, name)
         if is_main_process():
-            write_durably(Path(runner.work_dir) / 'last_checkpoint', path.encode())
+            write_durably(Path(runner.work_dir) / 'last_checkpoint', os.fsencode(path))
         self._saved_iter = meta['iter']
         return path
 
