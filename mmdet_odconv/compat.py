@@ -106,6 +106,18 @@ def read_annotations_as_utf8() -> None:
     coco.open = partial(open, encoding='utf-8')
 
 
+def keep_safe_mode() -> None:
+    """Let MMEngine read checkpoints in ``torch.load``'s safe mode or not at all.
+
+    The one of the onedl line reads a file that the safe mode refuses once more without it, and so
+    runs the code in it.
+    """
+    from mmengine.runner import checkpoint
+
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = torch.load
+
+
 def add_safe_globals(allowed: Sequence[Any]) -> None:
     """Let ``torch.load``'s safe mode read these classes and functions.
 
