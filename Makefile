@@ -1,7 +1,7 @@
 # `make demo` and `make test` each set up all they need; either may come first.
 #
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
-#   make test   the test suite
+#   make test   the test suite; with STACK=onedl or TORCH=torch==VERSION on other packages
 #   make lint   ruff and mypy
 #   make faults trainings that are killed, on full disks, with broken files: many minutes
 #   make fuzz   3,000 layers with options drawn by chance, against the formula

@@ -106,6 +106,21 @@ def read_annotations_as_utf8() -> None:
     coco.open = partial(open, encoding='utf-8')
 
 
+def pass_over(batches: Any, number: int) -> None:
+    """Let a loop by iterations of the onedl line go on after so many batches, without reading them.
+
+    Its MMEngine asks the iterator of the batches for that, where the other takes them one by one.
+    The new iterator is made at once: that draws from the random generators, which are set after.
+    """
+    batches.skip_iter(number)
+    batches._ensure_iterator()
+
+
+def batches_passed_over(loop: Any) -> int:
+    """How many batches a resumed loop by iterations passes over; none, if told so (onedl line)."""
+    return 0 if getattr(loop, 'fast_forward_on_resume', False) else loop.iter
+
+
 def keep_safe_mode() -> None:
     """Let MMEngine read checkpoints in ``torch.load``'s safe mode or not at all.
 
