@@ -164,7 +164,7 @@ def _inside(folder: str) -> str:
         )
     last = Path(folder) / 'last_checkpoint'
     if last.is_file():
-        return f'; is it {last.read_text().strip()}?'
+        return f'; is it {os.fsdecode(last.read_bytes()).strip()}?'
     files = sorted(path for path in Path(folder).glob('*.pth') if path.is_file())
     return f'; is it {files[-1]}?' if files else ''
 
@@ -305,7 +305,8 @@ def _address(path: str) -> str | None:
     if scheme in ('http', 'https'):
         return path
     if scheme in ('torchvision', 'modelzoo'):
-        known = json.loads((Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json').read_text())
+        addresses = Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json'
+        known = json.loads(addresses.read_text(encoding='utf-8'))
         return known.get(name.lower())
     if scheme in ('open-mmlab', 'openmmlab'):
         return get_external_models().get(name)

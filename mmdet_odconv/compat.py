@@ -5,6 +5,7 @@ import pickle
 from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -102,6 +103,44 @@ def register_config_scope() -> None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     MODULE2PACKAGE.setdefault('mmdet_odconv', 'mmdet_odconv.version')
+
+
+def read_annotations_as_utf8() -> None:
+    """Let pycocotools read annotation files as UTF-8, as JSON is, whatever the locale.
+
+    It names no encoding. Under another one it fails at the first class name that is not ASCII,
+    or reads a name that no class has.
+    """
+    from pycocotools import coco
+
+    coco.open = partial(open, encoding='utf-8')
+
+
+def pass_over(batches: Any, number: int) -> None:
+    """Let a loop by iterations of the onedl line go on after so many batches, without reading them.
+
+    Its MMEngine asks the iterator of the batches for that, where the other takes them one by one.
+    The new iterator is made at once: that draws from the random generators, which are set after.
+    """
+    batches.skip_iter(number)
+    batches._ensure_iterator()
+
+
+def batches_passed_over(loop: Any) -> int:
+    """How many batches a resumed loop by iterations passes over; none, if told so (onedl line)."""
+    return 0 if getattr(loop, 'fast_forward_on_resume', False) else loop.iter
+
+
+def keep_safe_mode() -> None:
+    """Let MMEngine read checkpoints in ``torch.load``'s safe mode or not at all.
+
+    The one of the onedl line reads a file that the safe mode refuses once more without it, and so
+    runs the code in it.
+    """
+    from mmengine.runner import checkpoint
+
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = torch.load
 
 
 def add_safe_globals(allowed: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """Reading checkpoints of a training: any file, also a broken one or a stranger's."""
 
 import logging
+import os
 import pickle
 import re
 from pathlib import Path
@@ -106,7 +107,7 @@ def latest_checkpoint(work_dir: str) -> Checkpoint | None:
     files = [path for path in folder.glob('*.pth') if not path.name.startswith('best_')]
     files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     record = folder / 'last_checkpoint'
-    named = Path(record.read_text().strip()) if record.is_file() else None
+    named = Path(os.fsdecode(record.read_bytes()).strip()) if record.is_file() else None
     if named is not None and named.name:
         # The folder may have been moved since.
         files = [named, folder / named.name, *files]

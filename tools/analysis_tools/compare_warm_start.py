@@ -243,7 +243,7 @@ def main() -> None:
     require_datasets(cli.load_config(str(CONFIG)))
     args.work_dir.mkdir(parents=True, exist_ok=True)
     file = args.work_dir / 'results.json'
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     weights = {}
     if args.detector:
         cli.require_checkpoint(args.detector)
@@ -258,7 +258,7 @@ def main() -> None:
             config.experiment_name = re.sub(r'[^\w.]+', '-', key)
             config.work_dir = str(args.work_dir / config.experiment_name)
             results[key] = run(config)
-            file.write_text(json.dumps(results, indent=1))
+            file.write_text(json.dumps(results, indent=1), encoding='utf-8')
 
     for start, path in weights.items():
         for name in args.ways:

@@ -111,7 +111,7 @@ def main() -> None:
     cli.require_weights(unwrapped(runner.model), cli.require_checkpoint(args.checkpoint))
     results = compare(runner, args.metric, args.keep_one)
     if is_main_process():
-        Path(args.out).write_text(json.dumps(results, indent=2) + '\n')
+        Path(args.out).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
         print(table(results))
         print(f'wrote {args.out}')
 

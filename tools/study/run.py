@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own += ['--task', args.task]
         folder = args.work_dirs / f'{arm}-{seed}'
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / 'output.txt').open('a') as output:
+        with (folder / 'output.txt').open('a', encoding='utf-8') as output:
             return subprocess.run(
                 [sys.executable, __file__, *own],
                 env={**os.environ, 'OMP_NUM_THREADS': '1'},
