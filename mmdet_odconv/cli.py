@@ -21,6 +21,7 @@ import mmengine
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.dist import all_gather_object
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import (
@@ -277,6 +278,29 @@ def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
     if complaints:
         raise SystemExit(f'{path} does not fit the config: {"; ".join(complaints)}')
     return content.get('meta') or {}
+
+
+def require_same_start(path: str | None, meta: dict[str, Any]) -> None:
+    """End the program unless all processes go on from the same checkpoint, or all start anew.
+
+    Args:
+        path (str, optional): The checkpoint that this process goes on from, None if it starts anew.
+        meta (dict): What the checkpoint says of itself.
+
+    Raises:
+        SystemExit: In all processes; the message has the hosts and checkpoints of two that differ.
+    """
+    where = f'anew on {platform.node()}'
+    if path is not None:
+        where = f'from {path} (iteration {meta.get("iter")}) on {platform.node()}'
+    starts = all_gather_object((meta.get('iter'), meta.get('time'), where))
+    for *start, other in starts:
+        if start != list(starts[0][:2]):
+            raise SystemExit(
+                f'the processes would not go on from the same place, but {starts[0][2]} and '
+                f'{other}: --work-dir must be a folder that all hosts share, or each host needs a '
+                'copy of the same checkpoint'
+            )
 
 
 def require_start_weights(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 
+from mmdet_odconv.cli import require_same_start
 from mmdet_odconv.layers.odconv import _ODConvNd
 from tests.conftest import ROOT
 from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
@@ -260,3 +261,35 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
     assert exit_codes(2, train(parts, resume=True), tmp_path) == [0, 0]
     states = [weights_of(folder / 'epoch_3.pth') for folder in (parts, whole)]
     assert_equal_bit_for_bit(*states)
+
+
+def test_no_process_ends_before_the_checkpoint_is_saved(tmp_path):
+    """A launcher takes one that has ended as the reason to kill the others."""
+
+    def train(rank, world_size):
+        hooks = [dict(type='PreemptionHook'), SignalOne()]
+        training = runner(tmp_path / 'work', epochs=3, hooks=hooks, launcher='pytorch')
+        save = training.save_checkpoint
+        training.save_checkpoint = lambda *args, **kwargs: time.sleep(1) or save(*args, **kwargs)
+        try:
+            training.train()
+        except SystemExit:
+            os._exit(0 if (tmp_path / 'work/preempted.pth').is_file() else 1)
+
+    assert exit_codes(2, train, tmp_path) == [0, 0]
+
+
+def test_processes_with_different_checkpoints_do_not_start(tmp_path):
+    """As on hosts that do not share their work folder."""
+
+    def start(rank, world_size):
+        path, meta = ('epoch_3.pth', dict(iter=9)) if rank == 0 else (None, {})
+        try:
+            require_same_start(path, meta)
+        except SystemExit as error:
+            return str(error)
+
+    for message in in_processes(2, start, tmp_path):
+        assert 'from epoch_3.pth (iteration 9) on ' in message
+        assert ' and anew on ' in message
+    require_same_start(None, {})

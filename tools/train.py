@@ -133,8 +133,9 @@ def main() -> None:
                 f'There is nothing to resume in {config.work_dir}, so the training starts anew.'
             )
         warn_of_batch_size(runner, config)
-        if resumed and 'runner_type' not in config:
-            cli.require_weights(model, config.load_from)
+        if start is not None and 'runner_type' not in config:
+            meta = cli.require_weights(model, config.load_from) if resumed else {}
+            cli.require_same_start(config.load_from if resumed else None, meta)
         cli.require_start_weights(runner.model)
         runner.train()
     except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
