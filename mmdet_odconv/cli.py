@@ -133,7 +133,7 @@ def build_runner(config: Config) -> Runner:
 @contextmanager
 def _processes_on_cpus(config: Config) -> Iterator[None]:
     """Let MMEngine start a distributed run on CPUs, where it would choose a GPU all the same."""
-    if config.launcher == 'none' or get_device() != 'cpu':
+    if config.get('launcher', 'none') == 'none' or get_device() != 'cpu':
         yield
         return
     backend = (config.get('env_cfg') or {}).get('dist_cfg', {}).get('backend', 'nccl')
