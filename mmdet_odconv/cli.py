@@ -7,17 +7,23 @@ import argparse
 import difflib
 import json
 import os
+import platform
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import cv2
 import mmengine
+import torch
 from mmdet.apis import init_detector
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.device import get_device
+from mmengine.dist import all_gather_object
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import (
     get_deprecated_model_names,
@@ -25,6 +31,7 @@ from mmengine.runner.checkpoint import (
     get_mmcls_models,
 )
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .analysis import odconv_layers
 from .checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
@@ -110,16 +117,43 @@ def build_runner(config: Config) -> Runner:
     """The runner that the config asks for.
 
     Raises:
-        SystemExit: The work folder cannot be written, or an argument of ``model.odconv`` or of an
-            ODConv layer is wrong; the message has near names.
+        SystemExit: The work folder cannot be written, an argument of ``model.odconv`` or of an
+            ODConv layer is wrong (the message has near names), or there are several processes on
+            this machine without a GPU, and the config does not say that they use CPUs.
     """
     _require_writable(config.work_dir)
     try:
-        return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+        with _processes_on_cpus(config):
+            return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     except ConversionError as error:
         raise SystemExit(f'model.odconv: {error}') from error
     except ArgumentError as error:
         raise SystemExit(f'the ODConv layers of the config: {error}') from error
+
+
+@contextmanager
+def _processes_on_cpus(config: Config) -> Iterator[None]:
+    """Let MMEngine start a distributed run on CPUs, where it would choose a GPU all the same."""
+    if config.get('launcher', 'none') == 'none' or get_device() != 'cpu':
+        yield
+        return
+    backend = (config.get('env_cfg') or {}).get('dist_cfg', {}).get('backend', 'nccl')
+    if backend not in ('gloo', 'mpi'):
+        raise SystemExit(
+            f'{platform.node()} has no GPU that PyTorch can use, which the backend {backend} of '
+            'several processes needs; --cfg-options env_cfg.dist_cfg.backend=gloo uses CPUs'
+        )
+    wrapper = config.get('model_wrapper_cfg') or dict(
+        broadcast_buffers=False, find_unused_parameters=config.get('find_unused_parameters', False)
+    )
+    kind = MODEL_WRAPPERS.get(wrapper.get('type', 'MMDistributedDataParallel'))
+    if issubclass(kind, DistributedDataParallel):
+        config.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    choose, torch.cuda.set_device = torch.cuda.set_device, lambda device: None
+    try:
+        yield
+    finally:
+        torch.cuda.set_device = choose
 
 
 def _require_writable(folder: str) -> None:
@@ -261,6 +295,29 @@ def load_detector(config: Config, path: str, device: str = 'cpu') -> nn.Module:
     model = init_detector(config, path, device=device, cfg_options={})
     require_weights(model, checkpoint)
     return model
+
+
+def require_same_start(checkpoint: Checkpoint | None) -> None:
+    """End the program unless all processes go on from the same checkpoint, or all start anew.
+
+    Args:
+        checkpoint (Checkpoint, optional): What this process goes on from, None if it starts anew.
+
+    Raises:
+        SystemExit: In all processes; the message has the hosts and checkpoints of two that differ.
+    """
+    where, meta = f'anew on {platform.node()}', {}
+    if checkpoint is not None:
+        meta = checkpoint.meta
+        where = f'from {checkpoint.path} (iteration {meta.get("iter")}) on {platform.node()}'
+    starts = all_gather_object((meta.get('iter'), meta.get('time'), where))
+    for *start, other in starts:
+        if start != list(starts[0][:2]):
+            raise SystemExit(
+                f'the processes would not go on from the same place, but {starts[0][2]} and '
+                f'{other}: --work-dir must be a folder that all hosts share, or each host needs a '
+                'copy of the same checkpoint'
+            )
 
 
 def require_start_weights(model: nn.Module) -> None:

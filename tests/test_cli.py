@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, MMDistributedDataParallel
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -105,6 +106,38 @@ def test_a_wrong_argument_of_a_backbone_ends_in_one_sentence(tmp_path, option, v
     config.work_dir = str(tmp_path)
     with pytest.raises(SystemExit, match=f'^the ODConv layers of the config: {message}'):
         cli.build_runner(config)
+
+
+@pytest.fixture
+def several_processes(tmp_path, monkeypatch):
+    """A config for the only process of a distributed run, and no GPU."""
+    register_all_modules()
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+    address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='0', RANK='0', WORLD_SIZE='1')
+    for name, value in (address | dict(LOCAL_RANK='0')).items():
+        monkeypatch.setenv(name, value)
+    config = cli.load_config(CONFIG)
+    config.launcher, config.work_dir = 'pytorch', str(tmp_path)
+    yield config
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_processes_without_a_gpu_are_told_how_to_use_cpus(several_processes):
+    with pytest.raises(
+        SystemExit, match=r'has no GPU .* env_cfg\.dist_cfg\.backend=gloo uses CPUs'
+    ):
+        cli.build_runner(several_processes)
+
+
+def test_processes_train_on_cpus(several_processes):
+    several_processes.env_cfg.dist_cfg = dict(backend='gloo', timeout=60)
+    choose = torch.cuda.set_device
+    runner = cli.build_runner(several_processes)
+    assert isinstance(runner.model, MMDistributedDataParallel)
+    assert runner.model.device_ids is None
+    assert dist.get_backend() == 'gloo'
+    assert torch.cuda.set_device is choose
 
 
 class Start(BaseModule):

@@ -134,6 +134,8 @@ def checked_runner(config: Config, start: str | None) -> Runner:
     if checkpoint is not None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         cli.require_weights(model, checkpoint)
+    if start is not None and 'runner_type' not in config:
+        cli.require_same_start(checkpoint)
     cli.require_start_weights(runner.model)
     return runner
 

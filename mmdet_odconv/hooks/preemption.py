@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce, barrier, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
@@ -105,6 +105,7 @@ class PreemptionHook(Hook):
     def _stop(self, runner: Runner, iterations: int) -> None:
         if not self._checkpoints.is_saved(iterations):
             self._checkpoints.save_now(runner, iterations)
+        barrier()  # a launcher that sees one process end may kill the one that still saves
         print_log(
             f'SIGTERM: stopped and saved after {iterations} iterations; --resume goes on from '
             f'there, and exit status {self.exit_code} asks the scheduler to',
