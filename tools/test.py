@@ -140,7 +140,8 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    runner.test()
+    with cli.mistakes_in_one_sentence(config):
+        runner.test()
 
 
 if __name__ == '__main__':

@@ -77,8 +77,14 @@ def resume(config: Config, path: str) -> bool:
         return False
     cli.require_file(latest, 'checkpoint')
     config.resume, config.load_from = True, latest
+    meta = cli.require_checkpoint(latest).get('meta') or {}
+    if not {'epoch', 'iter'} <= set(meta):
+        raise SystemExit(
+            f'{latest} has weights but not the state of a training, so that nothing can be resumed '
+            'from it; to start from these weights, set --cfg-options load_from'
+        )
     # MMEngine sets a seed that it drew itself only after the order of the images was drawn.
-    seed = cli.require_checkpoint(latest).get('meta', {}).get('seed')
+    seed = meta.get('seed')
     randomness = config.get('randomness') or {}
     if randomness.get('seed') is None:
         config.randomness = dict(randomness, seed=seed)
@@ -89,7 +95,7 @@ def warn_of_batch_size(runner: Runner, config: Config) -> None:
     """Say so if the learning rate is meant for a batch of quite another size."""
     scaling = config.get('auto_scale_lr') or {}
     base, each = scaling.get('base_batch_size'), config.train_dataloader.get('batch_size')
-    if not base or not each or scaling.get('enable'):
+    if not base or not isinstance(each, int) or scaling.get('enable'):
         return
     steps = config.optim_wrapper.get('accumulative_counts', 1)
     total = each * runner.world_size * steps
@@ -136,7 +142,8 @@ def main() -> None:
         if resumed and 'runner_type' not in config:
             cli.require_weights(model, config.load_from)
         cli.require_start_weights(runner.model)
-        runner.train()
+        with cli.mistakes_in_one_sentence(config):
+            runner.train()
     except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error
 

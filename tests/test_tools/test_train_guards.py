@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 
@@ -51,3 +52,9 @@ def test_without_its_checkpoint_hook_sigterm_is_left_alone(checkpoint):
 
 def test_a_runner_of_another_kind_keeps_its_hooks():
     assert guarded(runner_type='FlexibleRunner') == dict(runner_type='FlexibleRunner')
+
+
+def test_weights_without_the_state_of_a_training_are_not_resumed_from(tmp_path):
+    torch.save(dict(state_dict={}, meta={}), tmp_path / 'weights.pth')
+    with pytest.raises(SystemExit, match=r'weights\.pth has weights but not the state of a train'):
+        TOOL.resume(Config(), str(tmp_path / 'weights.pth'))

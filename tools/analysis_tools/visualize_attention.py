@@ -18,7 +18,7 @@ import mmcv
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from mmdet.apis import inference_detector, init_detector
+from mmdet.apis import inference_detector
 from mmdet.registry import VISUALIZERS
 from mmengine.config import Config
 from mmengine.visualization import Visualizer
@@ -83,7 +83,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
     parser.add_argument('--score-thr', type=float, default=0.3, help='least score that counts')
     parser.add_argument(
-        '--limit', type=int, default=32, help='only so many images of the folder (default: 32)'
+        '--limit',
+        type=cli.positive,
+        default=32,
+        help='only so many images of the folder (default: 32)',
     )
     cli.add_config_options(parser)
     return parser.parse_args()
@@ -430,11 +433,9 @@ def main() -> None:
             f'{args.images}: the spread over images takes at least two of them, got {len(paths)}'
         )
     config = cli.load_config(args.config, args.cfg_options)
-    cli.require_file(args.checkpoint, 'checkpoint')
-    # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
-    model = init_detector(config, args.checkpoint, device=args.device, cfg_options={})
+    model = cli.load_detector(config, args.checkpoint, args.device)
     cli.require_odconv_layers(model, args.config)
-    cli.require_weights(model, args.checkpoint)
+    cli.require_writable(args.out_dir, 'folder', '--out-dir')
     pictures, layers = look(model, config, paths, args.score_thr)
     if not layers:
         raise SystemExit(f'{args.config}: the detector uses none of its ODConv layers')

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from mmcv.transforms import Compose
-from mmdet.apis import init_detector
 from mmdet.utils import get_test_pipeline_cfg
 from torch import Tensor, nn
 
@@ -30,14 +29,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, help='ONNX file to write')
     parser.add_argument(
         '--shape',
-        type=int,
+        type=cli.positive,
         nargs=2,
         metavar=('H', 'W'),
         default=(256, 320),
         help='size of the example; the file takes others too (default: 256 320)',
     )
     parser.add_argument('--images', help='image or folder of images to compare on')
-    parser.add_argument('--limit', type=int, default=4, help='only so many images of the folder')
+    parser.add_argument(
+        '--limit', type=cli.positive, default=4, help='only so many images of the folder'
+    )
     cli.add_force(parser)
     cli.add_config_options(parser)
     return parser.parse_args()
@@ -61,8 +62,7 @@ def main() -> None:
     cli.require_file(args.checkpoint, 'checkpoint')
     cli.require_new_file(args.out, args.force)
     paths = cli.find_images(args.images)[: args.limit] if args.images else []
-    cli.shorten_report(config)
-    detector = init_detector(config, args.checkpoint, device='cpu')
+    detector = cli.load_detector(config, args.checkpoint)
 
     # Under another name until it has passed, so that a bad file is never taken for a good one.
     unproved = f'{args.out}.unproved'
