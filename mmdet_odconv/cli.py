@@ -234,17 +234,20 @@ def build_runner(config: Config) -> Runner:
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
-def load_detector(config: Config, checkpoint: str, device: str = 'cpu') -> nn.Module:
+def load_detector(
+    config: Config, checkpoint: str, device: str = 'cpu', odconv: bool = False
+) -> nn.Module:
     """The detector of a config with all its weights from a checkpoint, in evaluation mode.
 
     Args:
         config (Config): A whole config.
         checkpoint (str): The checkpoint, as MMEngine takes it.
         device (str): Where the detector goes. Default: 'cpu'.
+        odconv (bool): Whether it has to have an ODConv layer. Default: False.
 
     Raises:
-        SystemExit: The device or the file is not there, or the config and the checkpoint do not
-            fit each other.
+        SystemExit: The device, the file or the layer is not there, or the config and the checkpoint
+            do not fit each other.
     """
     _require_device(device)
     require_file(checkpoint, 'checkpoint')
@@ -253,6 +256,8 @@ def load_detector(config: Config, checkpoint: str, device: str = 'cpu') -> nn.Mo
     with mistakes_in_one_sentence(config):
         # With options, if empty, mmdet does not look for a backbone in an ODConvModel's config.
         model = init_detector(config, checkpoint, device=device, cfg_options={})
+    if odconv:
+        require_odconv_layers(model, config.filename)
     require_weights(model, checkpoint)
     return model
 

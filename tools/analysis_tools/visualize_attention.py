@@ -433,8 +433,7 @@ def main() -> None:
             f'{args.images}: the spread over images takes at least two of them, got {len(paths)}'
         )
     config = cli.load_config(args.config, args.cfg_options)
-    model = cli.load_detector(config, args.checkpoint, args.device)
-    cli.require_odconv_layers(model, args.config)
+    model = cli.load_detector(config, args.checkpoint, args.device, odconv=True)
     cli.require_writable(args.out_dir, 'folder', '--out-dir')
     pictures, layers = look(model, config, paths, args.score_thr)
     if not layers:
