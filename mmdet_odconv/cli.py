@@ -5,12 +5,15 @@ A user's mistake (a path, a name, a value) ends a tool with one sentence and exi
 
 import argparse
 import difflib
+import inspect
 import json
 import os
 import platform
+import re
 import tempfile
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +23,11 @@ import cv2
 import mmengine
 import torch
 from mmdet.apis import init_detector
+from mmengine import registry
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.dist import all_gather_object
-from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS, Registry
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import (
     get_deprecated_model_names,
@@ -55,12 +59,28 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
+class _Options(DictAction):
+    """MMEngine's action, which fails without a word on an option that has no value."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} takes key=value, got {value!r}')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Options,
         help='overrides of the config, key=value each; a list is key="[a,b]" or key=a,b, and '
         'nests, as in key="[(a,b),(c,d)]": quote it and leave no blanks',
     )
@@ -71,8 +91,8 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
 
     Raises:
         SystemExit: There is no such file (the message names near ones), a base of it or the
-            package of a base is missing, it is not written in Python's syntax, or an override
-            does not fit the config.
+            package of a base is missing, it does not run as Python, or an override does not fit
+            the config or is nearly one of its keys.
     """
     require_file(path, 'config')
     try:
@@ -82,14 +102,107 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         if 'mmpretrain' in str(error):
             message += '; pip install -r requirements/pretrain.txt'
         raise SystemExit(message) from error
-    except (FileNotFoundError, SyntaxError) as error:
-        raise SystemExit(f'{path}: {error}') from error
+    except Exception as error:  # a config is a program, with the errors of any
+        raise SystemExit(f'{path}: {type(error).__name__}: {error}') from error
     if options:
+        for option in options:
+            _require_no_near_key(config, option, path)
         try:
             config.merge_from_dict(options)
         except (KeyError, TypeError, IndexError) as error:
             raise SystemExit(f'--cfg-options {options} does not fit {path}: {error}') from error
     return config
+
+
+def _require_no_near_key(config: Config, option: str, path: str) -> None:
+    """End the program if an override would add a key beside one of nearly its name.
+
+    MMEngine adds it, and most parts that would read the right key go on without it.
+    """
+    node: Any = config._cfg_dict
+    known = {*node, *inspect.signature(Runner.__init__).parameters}
+    for i, key in enumerate(keys := option.split('.')):
+        if not isinstance(node, dict):
+            return
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if key not in known and near:
+            right = '.'.join([*keys[:i], near[0], *keys[i + 1 :]])
+            raise SystemExit(f'--cfg-options {option}: {path} has no such key; is it {right}?')
+        node = node.get(key)
+        known = set(node) if isinstance(node, dict) else set()
+
+
+@contextmanager
+def mistakes_in_one_sentence(config: Config) -> Iterator[None]:
+    """End the program with one sentence where a config names what there is not.
+
+    The sentence takes the place of what MMEngine's builders raise about types, arguments and
+    values. All other errors pass.
+
+    Args:
+        config (Config): The config that is built from.
+
+    Raises:
+        SystemExit: A type or an argument does not exist, or a value is refused; the message has
+            the name, and near ones.
+    """
+    try:
+        yield
+    except ConversionError as error:
+        raise SystemExit(f'model.odconv: {error}') from error
+    except ArgumentError as error:
+        raise SystemExit(f'the ODConv layers of the config: {error}') from error
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        message = _mistake(error, config)
+        if message is None:
+            raise
+        raise SystemExit(f'{config.filename}: {message}') from error
+
+
+def _mistake(error: Exception, config: Config) -> str | None:
+    """What a builder says about a config; None if the error may have another cause."""
+    text = str(error.args[0] if error.args else error)
+    unknown = re.match(r'(\S+) is not in the \S*?(\w+) registry', text)
+    if unknown:
+        near = _is_it(unknown[1], _registered(unknown[2]))
+        return f'there is no {unknown[2]} {unknown[1]!r}{near}'
+    if text == 'None is not a callable object':  # the optimizer, which no registry builds
+        name = config.optim_wrapper.optimizer.type
+        return f'there is no optimizer {name!r}{_is_it(name, _registered("optimizer"))}'
+    argument = re.search(
+        r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", text
+    )
+    keys = _keys(config._cfg_dict)
+    if argument and argument[2] in keys:
+        near = _is_it(argument[2], sorted(keys - {argument[2]}))
+        return f'{argument[1]} has no argument {argument[2]!r}{near}'
+    frames = traceback.extract_tb(error.__traceback__)
+    of_library = Path(mmengine.__path__[0]).parent in Path(frames[-1].filename).parents
+    if of_library and any(frame.name in ('build_from_cfg', 'build_dataloader') for frame in frames):
+        return f'{text[:1].lower()}{text[1:]}' if isinstance(error, AssertionError) else text
+    return None
+
+
+def _registered(kind: str) -> list[str]:
+    """The names in the registries of a kind, 'model' say, MMEngine's and those below it."""
+    found, left = set(), [v for v in vars(registry).values() if isinstance(v, Registry)]
+    for each in left:
+        left += each.children.values()
+        if each.name == kind:
+            found |= set(each.module_dict)
+    return sorted(found)
+
+
+def _is_it(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=2)
+    return f'; is it {" or ".join(near)}?' if near else ''
+
+
+def _keys(node: Any) -> set[str]:
+    """All keys of a config."""
+    if isinstance(node, dict):
+        return {*map(str, node)}.union(*map(_keys, node.values()))
+    return set().union(*map(_keys, node)) if isinstance(node, (list, tuple)) else set()
 
 
 def runner_config(args: argparse.Namespace) -> Config:
@@ -117,18 +230,13 @@ def build_runner(config: Config) -> Runner:
     """The runner that the config asks for.
 
     Raises:
-        SystemExit: The work folder cannot be written, an argument of ``model.odconv`` or of an
-            ODConv layer is wrong (the message has near names), or there are several processes on
-            this machine without a GPU, and the config does not say that they use CPUs.
+        SystemExit: The work folder cannot be written, the config names what there is not
+            (:func:`mistakes_in_one_sentence`), or there are several processes on this machine
+            without a GPU, and the config does not say that they use CPUs.
     """
-    _require_writable(config.work_dir)
-    try:
-        with _processes_on_cpus(config):
-            return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
-    except ConversionError as error:
-        raise SystemExit(f'model.odconv: {error}') from error
-    except ArgumentError as error:
-        raise SystemExit(f'the ODConv layers of the config: {error}') from error
+    require_writable(config.work_dir, 'work folder', '--work-dir')
+    with mistakes_in_one_sentence(config), _processes_on_cpus(config):
+        return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
 @contextmanager
@@ -156,16 +264,67 @@ def _processes_on_cpus(config: Config) -> Iterator[None]:
         torch.cuda.set_device = choose
 
 
-def _require_writable(folder: str) -> None:
+def load_detector(
+    config: Config, checkpoint: str, device: str = 'cpu', odconv: bool = False
+) -> nn.Module:
+    """The detector of a config with all its weights from a checkpoint, in evaluation mode.
+
+    Args:
+        config (Config): A whole config.
+        checkpoint (str): The checkpoint, as MMEngine takes it.
+        device (str): Where the detector goes. Default: 'cpu'.
+        odconv (bool): Whether it has to have an ODConv layer. Default: False.
+
+    Raises:
+        SystemExit: The device, the file or the layer is not there, or the config and the checkpoint
+            do not fit each other.
+    """
+    _require_device(device)
+    content = require_checkpoint(checkpoint)
+    shorten_report(config)
+    with mistakes_in_one_sentence(config):
+        # With options, if empty, mmdet does not look for a backbone in an ODConvModel's config.
+        model = init_detector(config, checkpoint, device=device, cfg_options={})
+    if odconv:
+        require_odconv_layers(model, config.filename)
+    require_weights(model, content)
+    return model
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise SystemExit(f'--device {device} cannot be used: {reason}') from error
+
+
+def require_writable(folder: str, what: str, option: str) -> None:
+    """Make a folder, and end the program unless files can be written to it.
+
+    Args:
+        folder (str): The folder.
+        what (str): What it is, for the message.
+        option (str): The option that sets another.
+
+    Raises:
+        SystemExit: It cannot be made, or not be written to.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise SystemExit(
-            f'the work folder {folder} cannot be written ({error.strerror}); set another by '
-            '--work-dir'
+            f'the {what} {folder} cannot be written ({error.strerror}); set another by {option}'
         ) from error
+
+
+def positive(text: str) -> int:
+    """A whole number of at least one, as the type of an argument."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text}')
+    return int(text)
 
 
 def require_file(path: str, what: str) -> None:
@@ -276,25 +435,6 @@ def require_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             ]
     if complaints:
         raise SystemExit(f'{checkpoint.path} does not fit the config: {"; ".join(complaints)}')
-
-
-def load_detector(config: Config, path: str, device: str = 'cpu') -> nn.Module:
-    """mmdet's ``init_detector``, for checkpoints that fit alone.
-
-    Args:
-        config (Config): A whole config.
-        path (str): The checkpoint, as MMEngine takes it.
-        device (str): Where the detector is to be. Default: 'cpu'.
-
-    Raises:
-        SystemExit: As of :func:`require_checkpoint` and :func:`require_weights`.
-    """
-    checkpoint = require_checkpoint(path)
-    shorten_report(config)
-    # With options, if empty ones, mmdet does not look for a backbone in the config of ODConvModel.
-    model = init_detector(config, path, device=device, cfg_options={})
-    require_weights(model, checkpoint)
-    return model
 
 
 def require_same_start(checkpoint: Checkpoint | None) -> None:

@@ -34,16 +34,20 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
     Raises:
         SystemExit: A file or folder is missing (the message has the path looked for), an
             annotation file is broken or empty, ``metainfo`` is not what mmdet reads, a class is
-            none of the annotation file's, or a head has another number of classes.
+            none of the annotation file's, a head has another number of classes, an image file is
+            missing, or an evaluator reads the annotations of other images.
     """
     for name in dataloaders:
-        for key, dataset in _datasets(config.get(name), name):
+        datasets = list(_datasets(config.get(name), name))
+        for key, dataset in datasets:
             _require_files(key, dataset)
             if _is_coco(dataset):
                 classes = _classes(key, dataset)
                 if classes is not None:
                     _require_heads(key, classes, config.get('model') or {})
                 _require_annotations(key, dataset, classes, training=name == DATALOADERS[0])
+        if name != DATALOADERS[0]:
+            _require_evaluator(config, name.replace('dataloader', 'evaluator'), datasets)
 
 
 @contextmanager
@@ -154,6 +158,41 @@ def _require_heads(key: str, classes: list[str], model: Any) -> None:
             )
 
 
+def _require_evaluator(config: Config, key: str, datasets: list[tuple[str, Any]]) -> None:
+    """Let the evaluators read the annotations of the images that they judge.
+
+    With those of others the AP is 0, or there is none.
+    """
+    evaluators = config.get(key) or []
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        path = evaluator.get('ann_file')
+        if not path or '://' in path or evaluator.get('backend_args'):
+            continue
+        if not os.path.isfile(path):
+            raise SystemExit(f'{not_found(path, f"annotation file of {key}")}; set {key}.ann_file')
+        for name, dataset in datasets if len(datasets) == 1 else []:
+            own = _full(dataset, dataset.get('ann_file') or '')
+            if not _is_coco(dataset) or not os.path.isfile(own) or os.path.samefile(own, path):
+                continue
+            judged, known = (_images(file) for file in (own, path))
+            if judged and not judged <= known:
+                raise SystemExit(
+                    f'{key}.ann_file={path} does not have the images of {own}, the annotation file '
+                    f'of {name}; set the two to the same file'
+                )
+
+
+def _images(path: str) -> set[tuple[Any, Any]]:
+    """The images of a small annotation file; none of a broken one, which others complain of."""
+    if os.path.getsize(path) > _MOST_BYTES:
+        return set()
+    try:
+        images = json.loads(Path(path).read_text(encoding='utf-8'))['images']
+        return {(image['id'], image.get('file_name')) for image in images}
+    except (KeyError, TypeError, ValueError):
+        return set()
+
+
 def _require_annotations(key: str, dataset: Any, classes: list[str] | None, training: bool) -> None:
     """Look into the annotation file, unless it is a large one with the classes of its type."""
     path = _full(dataset, dataset.ann_file)
@@ -171,7 +210,8 @@ def _require_annotations(key: str, dataset: Any, classes: list[str] | None, trai
             raise SystemExit(f"{where} has no {name}, which a file in COCO's format has")
     try:
         categories = [category['name'] for category in content['categories']]
-        first = content['images'][0].get('file_name')  # LVIS has none
+        files = [image.get('file_name') for image in content['images']]  # LVIS has none
+        _require_entries(where, content)
     except (AttributeError, KeyError, TypeError) as error:
         raise SystemExit(f"{where} is not in COCO's format: {error!r}") from error
     for name in (classes or []) if own else []:
@@ -181,13 +221,38 @@ def _require_annotations(key: str, dataset: Any, classes: list[str] | None, trai
                 origin = f'{key}.metainfo has no classes, so those of {dataset.type} hold, with'
             raise SystemExit(f'{origin} {name!r}, but {path} has {_counted(categories)}')
     prefix = dataset.get('data_prefix') or {}
-    folder = prefix if isinstance(prefix, str) else prefix.get('img') or ''
-    image = os.path.join(_full(dataset, folder), first or '')
-    if '://' not in image and not os.path.exists(image):
+    folder = _full(dataset, prefix if isinstance(prefix, str) else prefix.get('img') or '')
+    paths = [os.path.join(folder, file or '') for file in files] if '://' not in folder else []
+    missing = [image for image in paths if not os.path.exists(image)]
+    if missing:
         raise SystemExit(
-            f'{not_found(image, f"the first image of {key}")}; {path} names it, so set '
-            f'{key}.data_prefix.img to the folder of the images'
+            f'{not_found(missing[0], f"image of {key}")}; {len(missing)} of the {len(paths)} '
+            f'images in {path} are missing: set {key}.data_prefix.img to their folder, or leave '
+            'them out'
         )
+
+
+def _require_entries(where: str, content: dict[str, Any]) -> None:
+    """End the program unless images and annotations have what mmdet and pycocotools read."""
+    needed: dict[str, tuple[str, ...]] = dict(
+        images=('id', 'width', 'height'), annotations=('image_id', 'category_id', 'bbox', 'area')
+    )
+    for name, keys in needed.items():
+        for entry in content.get(name) or []:
+            lacking = [key for key in keys if key not in entry]
+            if lacking:
+                raise SystemExit(
+                    f"{where} is not in COCO's format: one of its {name} (id {entry.get('id')}) "
+                    f'has no {" and no ".join(lacking)}'
+                )
+    annotations = content.get('annotations') or []
+    for name, key in (('images', 'image_id'), ('categories', 'category_id')):
+        ids = {entry['id'] for entry in content[name]}
+        if annotations and not any(entry[key] in ids for entry in annotations):
+            raise SystemExit(
+                f'{where} has no annotation whose {key} is that of one of its {name}: the first '
+                f'has {annotations[0][key]}, and they have {", ".join(map(str, sorted(ids)[:5]))}'
+            )
 
 
 def _class_numbers(model: Any, key: str) -> Iterator[tuple[str, int]]:

@@ -1,3 +1,4 @@
+import argparse
 import pickle
 import re
 import sys
@@ -9,6 +10,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import BaseModule, MMDistributedDataParallel
+from mmengine.optim import build_optim_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -57,6 +59,35 @@ def test_overrides_are_merged_and_bad_ones_refused():
         cli.load_config(CONFIG, {'train_dataloader.dataset.pipeline.77.scale': 3})
 
 
+@pytest.mark.parametrize(
+    ('option', 'right'),
+    [
+        ('train_cfg.max_epoch', 'train_cfg.max_epochs'),
+        ('model.backbon.depth', 'model.backbone.depth'),
+        ('model.bbox_head.num_clases', 'model.bbox_head.num_classes'),
+        ('ramdomness.seed', 'randomness.seed'),
+    ],
+)
+def test_an_override_that_is_nearly_a_key_is_refused(option, right):
+    with pytest.raises(SystemExit, match=rf'^--cfg-options {option}: .* is it {right}\?$'):
+        cli.load_config(CONFIG, {option: 1})
+
+
+def test_new_keys_can_be_set():
+    options = {'model.backbone.with_cp': True, 'randomness.seed': 1, 'own_variable': 2}
+    config = cli.load_config(CONFIG, options)
+    assert (config.model.backbone.with_cp, config.randomness.seed) == (True, 1)
+
+
+def test_an_override_without_a_value_is_refused(capsys):
+    parser = argparse.ArgumentParser()
+    cli.add_config_options(parser)
+    with pytest.raises(SystemExit) as error:
+        parser.parse_args(['--cfg-options', 'train_cfg.max_epochs'])
+    assert error.value.code == 2
+    assert "takes key=value, got 'train_cfg.max_epochs'" in capsys.readouterr().err
+
+
 def test_a_missing_base_is_named(tmp_path):
     path = tmp_path / 'config.py'
     path.write_text("_base_ = 'mmdet::yolox/yolox_tinny.py'")
@@ -74,6 +105,15 @@ def test_a_config_with_an_error_of_syntax_is_named(tmp_path):
     path = tmp_path / 'config.py'
     path.write_text('model = dict(')
     with pytest.raises(SystemExit, match=r'config\.py'):
+        cli.load_config(str(path))
+
+
+@pytest.mark.parametrize('line', ['x = clases', "_base_ = './base.py'\nx = _base_.model.nekk"])
+def test_a_config_that_does_not_run_is_named(tmp_path, line):
+    (tmp_path / 'base.py').write_text('model = dict()')
+    path = tmp_path / 'config.py'
+    path.write_text(line)
+    with pytest.raises(SystemExit, match=rf'^{path}: (Name|Attribute)Error: .*(clases|nekk)'):
         cli.load_config(str(path))
 
 
@@ -138,6 +178,53 @@ def test_processes_train_on_cpus(several_processes):
     assert runner.model.device_ids is None
     assert dist.get_backend() == 'gloo'
     assert torch.cuda.set_device is choose
+
+
+@pytest.mark.usefixtures('_runner_is_its_model')
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(type='RetinaNett'), "there is no model 'RetinaNett'; is it RetinaNet"),
+        (dict(backbon=dict(depth=18)), "RetinaNet has no argument 'backbon'; is it backbone"),
+        (
+            dict(bbox_head=dict(num_clases=5)),
+            "AnchorHead has no argument 'num_clases'; is it num_c",
+        ),
+        (dict(backbone=dict(depth=19)), 'invalid depth 19 for resnet'),
+    ],
+)
+def test_a_wrong_name_in_a_config_ends_in_one_sentence(tmp_path, changes, message):
+    config = cli.load_config(CONFIG)
+    config.merge_from_dict(dict(model=changes, work_dir=str(tmp_path)))
+    with pytest.raises(SystemExit, match=rf'retinanet_od_r18_shapes\.py: {message}'):
+        cli.build_runner(config)
+
+
+def test_an_unknown_optimizer_is_named():
+    config = cli.load_config(CONFIG, {'optim_wrapper.optimizer.type': 'AdamX'})
+    message = r"there is no optimizer 'AdamX'; is it Adam"
+    with pytest.raises(SystemExit, match=message), cli.mistakes_in_one_sentence(config):
+        build_optim_wrapper(nn.Linear(2, 2), config.optim_wrapper)
+
+
+@pytest.mark.parametrize('error', [KeyError('x'), TypeError('f() takes no arguments')])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)), cli.mistakes_in_one_sentence(cli.load_config(CONFIG)):
+        raise error
+
+
+def test_a_detector_is_not_loaded_where_it_cannot_run(tmp_path):
+    config = cli.load_config(CONFIG)
+    with pytest.raises(SystemExit, match=r'^--device gpu cannot be used: '):
+        cli.load_detector(config, str(tmp_path / 'a.pth'), 'gpu')
+    with pytest.raises(SystemExit, match=r'^checkpoint not found: '):
+        cli.load_detector(config, str(tmp_path / 'a.pth'))
+
+
+@pytest.mark.parametrize('text', ['0', '-3', 'two', '1.5'])
+def test_a_count_is_a_whole_number_of_at_least_one(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f'at least 1, got {text}'):
+        cli.positive(text)
 
 
 class Start(BaseModule):

@@ -50,7 +50,7 @@ def coco_content():
     return dict(
         images=[dict(id=1, file_name='1.jpg', width=64, height=64)],
         categories=[dict(id=1, name='cat'), dict(id=2, name='dog')],
-        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 8, 8])],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 8, 8], area=64)],
     )
 
 
@@ -120,6 +120,13 @@ def test_the_classes_may_be_the_lines_of_a_file(tmp_path):
         (lambda text: json.dumps(coco_content() | dict(images=[])), 'has no images'),
         (lambda text: json.dumps(coco_content() | dict(annotations=[])), 'has no annotations'),
         (lambda text: json.dumps(coco_content() | dict(categories=[1])), "is not in COCO's format"),
+        (lambda text: text.replace('"bbox"', '"box"'), r'.* its annotations \(id 1\) has no bbox'),
+        (lambda text: text.replace('"width"', '"w"'), r'.* its images \(id 1\) has no width'),
+        (lambda text: text.replace('"image_id": 1', '"image_id": 7'), '.* image_id .* first has 7'),
+        (
+            lambda text: text.replace('"category_id": 1', '"category_id": 0'),
+            'has no annotation whose category_id .* the first has 0, and they have 1, 2$',
+        ),
     ],
 )
 def test_a_broken_or_empty_annotation_file_is_named(tmp_path, change, message):
@@ -133,7 +140,9 @@ def test_a_broken_or_empty_annotation_file_is_named(tmp_path, change, message):
 def test_images_in_another_folder_are_named(tmp_path):
     config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
     (tmp_path / 'images/1.jpg').unlink()
-    with pytest.raises(SystemExit, match=rf'the first image of \S+ not found: {tmp_path}/images/1'):
+    with pytest.raises(
+        SystemExit, match=rf'image of \S+ not found: {tmp_path}/images/1.*; 1 of the 1'
+    ):
         require_datasets(config)
 
 
@@ -152,3 +161,23 @@ def test_a_root_without_an_annotation_file_is_looked_for(tmp_path):
         require_datasets(config)
     (tmp_path / 'train').mkdir()
     require_datasets(config)
+
+
+def test_an_evaluator_has_to_know_the_images(tmp_path):
+    config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
+    config.val_dataloader = config.pop('train_dataloader')
+    config.val_evaluator = dict(type='CocoMetric', ann_file=str(tmp_path / 'other.json'))
+    with pytest.raises(
+        SystemExit, match=r'^annotation file of val_evaluator not found: \S+other\.'
+    ):
+        require_datasets(config)
+    images = coco_content()['images']
+    for content in (images, [*images, dict(id=2, file_name='2.jpg')]):
+        (tmp_path / 'other.json').write_text(json.dumps(coco_content() | dict(images=content)))
+        require_datasets(config)
+    images[0]['file_name'] = '2.jpg'
+    (tmp_path / 'other.json').write_text(json.dumps(coco_content() | dict(images=images)))
+    with pytest.raises(
+        SystemExit, match=r'other\.json does not have the images of \S+/train\.json'
+    ):
+        require_datasets(config)

@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out-dir', default='outputs', help='folder for the PNGs')
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
     parser.add_argument('--score-thr', type=float, default=0.3, help='least score drawn')
-    parser.add_argument('--limit', type=int, help='only so many images of the folder')
+    parser.add_argument('--limit', type=cli.positive, help='only so many images of the folder')
     parser.add_argument(
         '--fuse-conv-bn',
         action='store_true',
@@ -34,6 +34,7 @@ def main() -> None:
     images = cli.find_images(args.image)[: args.limit]
     config = cli.load_config(args.config, args.cfg_options)
     model = cli.load_detector(config, args.checkpoint, args.device)
+    cli.require_writable(args.out_dir, 'folder', '--out-dir')
     if args.fuse_conv_bn:
         fuse_odconv_bn(model)
     palette, classes = (model.dataset_meta.get(name) for name in ('palette', 'classes'))
@@ -49,7 +50,8 @@ def main() -> None:
         if image is None:
             raise SystemExit(f'cannot be read as an image: {path}')
         image = mmcv.bgr2rgb(image)
-        sample = inference_detector(model, str(path))
+        with cli.mistakes_in_one_sentence(config):
+            sample = inference_detector(model, str(path))
         # matplotlib 3.11 would enlarge the picture to hold boxes that reach beyond the image.
         boxes = sample.pred_instances.bboxes
         boxes[:, 0::2].clamp_(0, image.shape[1])

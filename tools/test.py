@@ -146,7 +146,7 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with empty_images_named(runner, ('test_loop',)):
+    with empty_images_named(runner, ('test_loop',)), cli.mistakes_in_one_sentence(config):
         runner.test()
 
 

@@ -76,6 +76,11 @@ def resume(config: Config, path: str) -> Checkpoint | None:
         checkpoint = cli.require_checkpoint(path)
     if checkpoint is None:
         return None
+    if not {'epoch', 'iter'} <= set(checkpoint.meta):
+        raise SystemExit(
+            f'{checkpoint.path} has weights but not the state of a training, so that nothing can '
+            'be resumed from it; to start from these weights, set --cfg-options load_from'
+        )
     config.resume, config.load_from = True, checkpoint.path
     # MMEngine sets a seed that it drew itself only after the order of the images was drawn.
     randomness = config.get('randomness') or {}
@@ -96,7 +101,7 @@ def warn_of_batch_size(runner: Runner, config: Config) -> None:
     """Say so if the learning rate is meant for a batch of quite another size."""
     scaling = config.get('auto_scale_lr') or {}
     base, each = scaling.get('base_batch_size'), config.train_dataloader.get('batch_size')
-    if not base or not each or scaling.get('enable'):
+    if not base or not isinstance(each, int) or scaling.get('enable'):
         return
     steps = config.optim_wrapper.get('accumulative_counts', 1)
     total = each * runner.world_size * steps
@@ -162,7 +167,8 @@ def main() -> None:
 
     try:
         runner = checked_runner(config, start)
-        with empty_images_named(runner, ('train_loop', 'val_loop')):
+        named = empty_images_named(runner, ('train_loop', 'val_loop'))
+        with named, cli.mistakes_in_one_sentence(config):
             runner.train()
     except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error

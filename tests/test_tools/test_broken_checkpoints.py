@@ -26,7 +26,7 @@ def tools(tmp_path_factory):
     model.backbone.base_channels = 8
     model.neck.in_channels = [8, 16, 32, 64]
     state_dict = MODELS.build(model).state_dict()
-    torch.save(dict(meta={}, state_dict=state_dict), root / 'whole.pth')
+    torch.save(dict(meta=dict(epoch=1, iter=1), state_dict=state_dict), root / 'whole.pth')
     return tools
 
 

@@ -61,7 +61,8 @@ def test_a_runner_of_another_kind_keeps_its_hooks():
 
 def test_a_run_goes_on_with_its_seed_after_one_reading(tmp_path, monkeypatch):
     model, path = nn.Linear(2, 2), tmp_path / 'epoch_1.pth'
-    torch.save(dict(state_dict=model.state_dict(), optimizer={}, meta=dict(seed=3)), path)
+    meta = dict(seed=3, epoch=1, iter=3)
+    torch.save(dict(state_dict=model.state_dict(), optimizer={}, meta=meta), path)
     runner = SimpleNamespace(model=nn.Linear(2, 2))
     monkeypatch.setattr(TOOL.cli, 'build_runner', lambda config: runner)
     readings, load = [], compat._torch_load
@@ -123,3 +124,9 @@ def test_a_rate_that_is_scaled_or_meant_for_no_batch_is_not_warned_of(caplog, sc
 )
 def test_a_batch_of_about_the_size_is_not_warned_of(caplog, batch_size, processes, counts):
     assert not warnings_of_batch_size(caplog, batch_size, processes, counts, base_batch_size=16)
+
+
+def test_weights_without_the_state_of_a_training_are_not_resumed_from(tmp_path):
+    torch.save(dict(state_dict={}, meta={}), tmp_path / 'weights.pth')
+    with pytest.raises(SystemExit, match=r'weights\.pth has weights but not the state of a train'):
+        TOOL.resume(Config(), str(tmp_path / 'weights.pth'))

@@ -26,14 +26,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--shape',
-        type=int,
+        type=cli.positive,
         nargs=2,
         metavar=('H', 'W'),
         default=(800, 1280),
         help='height and width of the image, after resizing and padding (default: 800 1280)',
     )
     parser.add_argument(
-        '--depth', type=int, default=1, help='levels of modules to list (default: %(default)s)'
+        '--depth',
+        type=cli.positive,
+        default=1,
+        help='levels of modules to list (default: %(default)s)',
     )
     parser.add_argument('--backbone', action='store_true', help='the backbone alone')
     cli.add_config_options(parser)
@@ -75,10 +78,14 @@ def main() -> None:
     config = cli.load_config(args.config, args.cfg_options)
     register_all_modules()
     cli.shorten_report(config)
-    model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
+    with cli.mistakes_in_one_sentence(config):
+        model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
     part = model.backbone if args.backbone else model
     print(f'one image of {args.shape[0]}×{args.shape[1]}')
-    print(table(part, tuple(args.shape), args.depth))
+    try:
+        print(table(part, tuple(args.shape), args.depth))
+    except RuntimeError as error:  # of PyTorch, say for an image that is too small
+        raise SystemExit(f'{args.config} cannot be run on such an image: {error}') from error
 
 
 if __name__ == '__main__':

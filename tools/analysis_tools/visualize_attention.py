@@ -83,7 +83,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
     parser.add_argument('--score-thr', type=float, default=0.3, help='least score that counts')
     parser.add_argument(
-        '--limit', type=int, default=32, help='only so many images of the folder (default: 32)'
+        '--limit',
+        type=cli.positive,
+        default=32,
+        help='only so many images of the folder (default: 32)',
     )
     cli.add_config_options(parser)
     return parser.parse_args()
@@ -430,8 +433,8 @@ def main() -> None:
             f'{args.images}: the spread over images takes at least two of them, got {len(paths)}'
         )
     config = cli.load_config(args.config, args.cfg_options)
-    model = cli.load_detector(config, args.checkpoint, args.device)
-    cli.require_odconv_layers(model, args.config)
+    model = cli.load_detector(config, args.checkpoint, args.device, odconv=True)
+    cli.require_writable(args.out_dir, 'folder', '--out-dir')
     pictures, layers = look(model, config, paths, args.score_thr)
     if not layers:
         raise SystemExit(f'{args.config}: the detector uses none of its ODConv layers')

@@ -59,7 +59,7 @@ def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
         dict: What the JSON file holds.
     """
     meter = AttentionMeter(runner.model)
-    with meter:
+    with meter, cli.mistakes_in_one_sentence(runner.cfg):
         metrics = runner.test()
     meter.all_reduce()
     metric = metric_of(metrics, name)

@@ -29,14 +29,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, help='ONNX file to write')
     parser.add_argument(
         '--shape',
-        type=int,
+        type=cli.positive,
         nargs=2,
         metavar=('H', 'W'),
         default=(256, 320),
         help='size of the example; the file takes others too (default: 256 320)',
     )
     parser.add_argument('--images', help='image or folder of images to compare on')
-    parser.add_argument('--limit', type=int, default=4, help='only so many images of the folder')
+    parser.add_argument(
+        '--limit', type=cli.positive, default=4, help='only so many images of the folder'
+    )
     cli.add_force(parser)
     cli.add_config_options(parser)
     return parser.parse_args()
