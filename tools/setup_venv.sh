@@ -34,7 +34,7 @@ echo "== 2/4  ${torch[*]}"
 pip install --quiet "${torch[@]}"
 pip install --quiet -r requirements/build.txt
 # What is installed later must leave these versions as they are.
-printf '%s\n' "${torch[@]}" >"$venv/torch.txt"
+printf '%s\n' "${torch[@]}" | grep -E '^[A-Za-z0-9._-]+[<>=~!]' >"$venv/torch.txt" || true
 # pip's cache does not tell a wheel of mmcv that was compiled for another torch: one for each.
 version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
 cache=$(pip cache dir 2>/dev/null) && cache=$cache/torch-$version || cache=
