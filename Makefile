@@ -1,7 +1,7 @@
 # `make demo` and `make test` each set up all they need; either may come first.
 #
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
-#   make test   the test suite
+#   make test   the test suite; with STACK=onedl or TORCH=torch==VERSION on other packages
 #   make lint   ruff and mypy
 #   make faults trainings that are killed, on full disks, with broken files: many minutes
 #   make fuzz   3,000 layers with options drawn by chance, against the formula
@@ -18,8 +18,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PYTHON ?= python3
-VENV ?= .venv
+# Another torch or stack goes to an environment of its own: .venv-torch-2.14.1, .venv-onedl.
 TORCH ?= torch==2.13.0
+STACK ?= openmmlab
+VENV ?= .venv$(patsubst %,-%,$(filter-out openmmlab,$(STACK)))$(subst ==,-,$(patsubst %,-%,\
+    $(filter-out torch==2.13.0,$(notdir $(firstword $(TORCH))))))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -39,7 +42,7 @@ DOCS_READY := $(VENV)/.docs-ready
 setup: $(READY)
 
 $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_venv.sh
-	PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/setup_venv.sh '$(VENV)'
+	PYTHON='$(PYTHON)' TORCH='$(TORCH)' STACK='$(STACK)' tools/setup_venv.sh '$(VENV)'
 	touch $@
 
 test: $(READY)
@@ -80,7 +83,7 @@ study-run: $(READY)
 	$(BIN)/python tools/study/run.py
 
 road:
-	$(MAKE) pretrain-and-detect VENV='$(VENV)-road' TORCH='$(ROAD_TORCH)'
+	$(MAKE) pretrain-and-detect TORCH='$(ROAD_TORCH)'
 
 pretrain-and-detect: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pretrain.txt
@@ -112,4 +115,4 @@ demo: $(READY)
 	@echo "Detections: $(DEMO_DIR)/detections/*.png"
 
 clean:
-	rm -rf '$(VENV)' work_dirs data/shapes build site *.egg-info mmdet_odconv/.mim
+	rm -rf '$(VENV)' .venv .venv-* work_dirs data/shapes build site *.egg-info mmdet_odconv/.mim

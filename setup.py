@@ -13,7 +13,7 @@ MIM_PARTS = ('configs', 'tools', 'model-index.yml')
 
 
 class BuildWithMim(build_py):
-    """Puts the configs and tools into the package: links when editable, else copies."""
+    """Puts the configs and tools into the package: links where editable, copies else."""
 
     def run(self) -> None:
         super().run()
@@ -22,22 +22,31 @@ class BuildWithMim(build_py):
         target.mkdir(parents=True)
         for part in MIM_PARTS:
             source = ROOT / part
-            if self.editable_mode:
-                (target / part).symlink_to(source)
-            elif source.is_dir():
+            if self.editable_mode and self.link(source, target / part):
+                continue
+            if source.is_dir():
                 shutil.copytree(source, target / part, ignore=shutil.ignore_patterns('__pycache__'))
             else:
                 shutil.copy2(source, target / part)
 
+    def link(self, source: Path, link: Path) -> bool:
+        """Whether a link could be made; Windows and some network disks have none."""
+        try:
+            link.symlink_to(source)
+        except (NotImplementedError, OSError) as error:
+            self.warn(f'{link} is a copy ({error}): install again after you change {source}')
+            return False
+        return True
+
 
 def version() -> str:
     scope: dict[str, str] = {}
-    exec((ROOT / PACKAGE / 'version.py').read_text(), scope)
+    exec((ROOT / PACKAGE / 'version.py').read_text(encoding='utf-8'), scope)
     return scope['__version__']
 
 
 def requirements(name: str) -> list[str]:
-    lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
+    lines = (ROOT / 'requirements' / f'{name}.txt').read_text(encoding='utf-8').splitlines()
     return [line for line in lines if line and not line.startswith('#')]
 
 

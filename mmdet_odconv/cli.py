@@ -8,6 +8,7 @@ import difflib
 import inspect
 import json
 import os
+import platform
 import re
 import tempfile
 import traceback
@@ -24,17 +25,20 @@ import torch
 from mmdet.apis import init_detector
 from mmengine import registry
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS, Registry
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.device import get_device
+from mmengine.dist import all_gather_object
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS, Registry
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import (
     get_deprecated_model_names,
     get_external_models,
     get_mmcls_models,
 )
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .analysis import odconv_layers
-from .checkpoint import CheckpointFileError, not_finite, read_checkpoint
+from .checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
 from .conversion.errors import ConversionError
 from .functional.arguments import ArgumentError
 from .layers.odconv import _ODConvNd
@@ -226,40 +230,38 @@ def build_runner(config: Config) -> Runner:
     """The runner that the config asks for.
 
     Raises:
-        SystemExit: The work folder cannot be written, or the config names what there is not
-            (:func:`mistakes_in_one_sentence`).
+        SystemExit: The work folder cannot be written, the config names what there is not
+            (:func:`mistakes_in_one_sentence`), or there are several processes on this machine
+            without a GPU, and the config does not say that they use CPUs.
     """
     require_writable(config.work_dir, 'work folder', '--work-dir')
-    with mistakes_in_one_sentence(config):
+    with mistakes_in_one_sentence(config), _processes_on_cpus(config):
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
-def load_detector(
-    config: Config, checkpoint: str, device: str = 'cpu', odconv: bool = False
-) -> nn.Module:
-    """The detector of a config with all its weights from a checkpoint, in evaluation mode.
-
-    Args:
-        config (Config): A whole config.
-        checkpoint (str): The checkpoint, as MMEngine takes it.
-        device (str): Where the detector goes. Default: 'cpu'.
-        odconv (bool): Whether it has to have an ODConv layer. Default: False.
-
-    Raises:
-        SystemExit: The device, the file or the layer is not there, or the config and the checkpoint
-            do not fit each other.
-    """
-    _require_device(device)
-    require_file(checkpoint, 'checkpoint')
-    require_checkpoint(checkpoint)
-    shorten_report(config)
-    with mistakes_in_one_sentence(config):
-        # With options, if empty, mmdet does not look for a backbone in an ODConvModel's config.
-        model = init_detector(config, checkpoint, device=device, cfg_options={})
-    if odconv:
-        require_odconv_layers(model, config.filename)
-    require_weights(model, checkpoint)
-    return model
+@contextmanager
+def _processes_on_cpus(config: Config) -> Iterator[None]:
+    """Let MMEngine start a distributed run on CPUs, where it would choose a GPU all the same."""
+    if config.get('launcher', 'none') == 'none' or get_device() != 'cpu':
+        yield
+        return
+    backend = (config.get('env_cfg') or {}).get('dist_cfg', {}).get('backend', 'nccl')
+    if backend not in ('gloo', 'mpi'):
+        raise SystemExit(
+            f'{platform.node()} has no GPU that PyTorch can use, which the backend {backend} of '
+            'several processes needs; --cfg-options env_cfg.dist_cfg.backend=gloo uses CPUs'
+        )
+    wrapper = config.get('model_wrapper_cfg') or dict(
+        broadcast_buffers=False, find_unused_parameters=config.get('find_unused_parameters', False)
+    )
+    kind = MODEL_WRAPPERS.get(wrapper.get('type', 'MMDistributedDataParallel'))
+    if issubclass(kind, DistributedDataParallel):
+        config.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    choose, torch.cuda.set_device = torch.cuda.set_device, lambda device: None
+    try:
+        yield
+    finally:
+        torch.cuda.set_device = choose
 
 
 def _require_device(device: str) -> None:
@@ -328,7 +330,7 @@ def _inside(folder: str) -> str:
         )
     last = Path(folder) / 'last_checkpoint'
     if last.is_file():
-        return f'; is it {last.read_text().strip()}?'
+        return f'; is it {os.fsdecode(last.read_bytes()).strip()}?'
     files = sorted(path for path in Path(folder).glob('*.pth') if path.is_file())
     return f'; is it {files[-1]}?' if files else ''
 
@@ -352,8 +354,10 @@ def not_found(path: str, what: str) -> str:
     return message
 
 
-def require_checkpoint(path: str) -> dict[str, Any]:
+def require_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint, and end the program unless that is possible without running its code.
+
+    The tools call this before MMEngine opens the file, which with some versions runs that code.
 
     Args:
         path (str): The checkpoint, as MMEngine takes it.
@@ -361,13 +365,14 @@ def require_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         SystemExit: The message names the file and the cause.
     """
+    require_file(path, 'checkpoint')
     try:
         return read_checkpoint(path)
     except CheckpointFileError as error:
         raise SystemExit(str(error)) from error
 
 
-def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
+def require_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """End the program unless a checkpoint has all the weights of a model.
 
     MMEngine itself only logs what does not fit, and a model with random weights in some of its
@@ -376,18 +381,13 @@ def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
 
     Args:
         model (nn.Module): The detector, without wrappers.
-        path (str): The checkpoint, as MMEngine takes it.
-
-    Returns:
-        dict: What else the checkpoint says of itself, its entry 'meta'.
+        checkpoint (Checkpoint): The checkpoint.
 
     Raises:
-        SystemExit: The file cannot be read, or entries are missing, have other shapes or values
-            that are not finite. The message names the first of them, and both numbers of kernels
-            or of classes.
+        SystemExit: Entries are missing, have other shapes or values that are not finite. The
+            message names the first of them, and both numbers of kernels or of classes.
     """
-    content = require_checkpoint(path)
-    state_dict = content.get('state_dict', content)
+    state_dict = checkpoint.content.get('state_dict', checkpoint.content)
     entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     complaints = _other_shapes(model, entries)
     broken = not_finite(model, entries)
@@ -407,8 +407,57 @@ def require_weights(model: nn.Module, path: str) -> dict[str, Any]:
                 f'{missing[0]}'
             ]
     if complaints:
-        raise SystemExit(f'{path} does not fit the config: {"; ".join(complaints)}')
-    return content.get('meta') or {}
+        raise SystemExit(f'{checkpoint.path} does not fit the config: {"; ".join(complaints)}')
+
+
+def load_detector(
+    config: Config, path: str, device: str = 'cpu', odconv: bool = False
+) -> nn.Module:
+    """mmdet's ``init_detector``, for checkpoints that fit alone.
+
+    Args:
+        config (Config): A whole config.
+        path (str): The checkpoint, as MMEngine takes it.
+        device (str): Where the detector is to be. Default: 'cpu'.
+        odconv (bool): Whether it has to have an ODConv layer. Default: False.
+
+    Raises:
+        SystemExit: The device or the layer is not there, the config names what there is not, or as
+            of :func:`require_checkpoint` and :func:`require_weights`.
+    """
+    _require_device(device)
+    checkpoint = require_checkpoint(path)
+    shorten_report(config)
+    with mistakes_in_one_sentence(config):
+        # With options, if empty, mmdet does not look for a backbone in an ODConvModel's config.
+        model = init_detector(config, path, device=device, cfg_options={})
+    if odconv:
+        require_odconv_layers(model, config.filename)
+    require_weights(model, checkpoint)
+    return model
+
+
+def require_same_start(checkpoint: Checkpoint | None) -> None:
+    """End the program unless all processes go on from the same checkpoint, or all start anew.
+
+    Args:
+        checkpoint (Checkpoint, optional): What this process goes on from, None if it starts anew.
+
+    Raises:
+        SystemExit: In all processes; the message has the hosts and checkpoints of two that differ.
+    """
+    where, meta = f'anew on {platform.node()}', {}
+    if checkpoint is not None:
+        meta = checkpoint.meta
+        where = f'from {checkpoint.path} (iteration {meta.get("iter")}) on {platform.node()}'
+    starts = all_gather_object((meta.get('iter'), meta.get('time'), where))
+    for *start, other in starts:
+        if start != list(starts[0][:2]):
+            raise SystemExit(
+                f'the processes would not go on from the same place, but {starts[0][2]} and '
+                f'{other}: --work-dir must be a folder that all hosts share, or each host needs a '
+                'copy of the same checkpoint'
+            )
 
 
 def require_start_weights(model: nn.Module) -> None:
@@ -436,13 +485,12 @@ def _require_loadable(path: str, option: str, without: str) -> None:
     if '://' not in path and not Path(path).exists():
         raise SystemExit(f'{not_found(path, option)}; to start without it set {without}')
     try:
-        CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    except Exception as error:  # no network, no torchvision, bytes that are no checkpoint
-        reason = str(error).strip().partition('\n')[0]
+        read_checkpoint(path)
+    except CheckpointFileError as error:  # no network and no torchvision, too
         address = _address(path)
         fetch = f'fetch {address} and set' if address else 'set'
         raise SystemExit(
-            f'{option}={path} cannot be loaded ({reason}); {fetch} --cfg-options {option}=FILE, '
+            f'{option}: {error}; {fetch} --cfg-options {option}=FILE, '
             f'or start without these weights by --cfg-options {without}'
         ) from error
 
@@ -454,7 +502,8 @@ def _address(path: str) -> str | None:
     if scheme in ('http', 'https'):
         return path
     if scheme in ('torchvision', 'modelzoo'):
-        known = json.loads((Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json').read_text())
+        addresses = Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json'
+        known = json.loads(addresses.read_text(encoding='utf-8'))
         return known.get(name.lower())
     if scheme in ('open-mmlab', 'openmmlab'):
         return get_external_models().get(name)

@@ -1,12 +1,17 @@
 """The versions that this package works with, and everything that differs between them."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import codecs
+import pickle
+from _compat_pickle import IMPORT_MAPPING
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import _weights_only_unpickler
 
 # Each package with the least version supported and the first that is not.
 _SUPPORTED = {
@@ -23,6 +28,12 @@ COMPILED_OPERATOR = hasattr(torch.library, 'custom_op') and hasattr(torch.compil
 
 # Its name before torch 2.2.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+
+# From torch 2.6 on its safe mode can be told of classes, and of functions under other names.
+_SAFE_MODE_TAKES_NAMES = hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint')
+_torch_load = torch.load
+# NumPy's numbers ask for the function that turns text into bytes.
+_allowed: dict[str, Any] = {'_codecs.encode': codecs.encode}
 
 # Before torch 2.4 each device had functions of its own.
 _AUTOCAST_BY_DEVICE = hasattr(torch, 'get_autocast_dtype')
@@ -94,11 +105,106 @@ def register_config_scope() -> None:
     MODULE2PACKAGE.setdefault('mmdet_odconv', 'mmdet_odconv.version')
 
 
-def add_safe_globals(allowed: Sequence[Any]) -> None:
-    """Let ``torch.load``'s safe mode read these classes and functions.
+def read_annotations_as_utf8() -> None:
+    """Let pycocotools read annotation files as UTF-8, as JSON is, whatever the locale.
 
-    Before torch 2.6, where safe mode became the default and took functions under another name,
-    there is nothing to do.
+    It names no encoding. Under another one it fails at the first class name that is not ASCII,
+    or reads a name that no class has.
     """
-    if hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):
+    from pycocotools import coco
+
+    coco.open = partial(open, encoding='utf-8')
+
+
+def pass_over(batches: Any, number: int) -> None:
+    """Let a loop by iterations of the onedl line go on after so many batches, without reading them.
+
+    Its MMEngine asks the iterator of the batches for that, where the other takes them one by one.
+    The new iterator is made at once: that draws from the random generators, which are set after.
+    """
+    batches.skip_iter(number)
+    batches._ensure_iterator()
+
+
+def batches_passed_over(loop: Any) -> int:
+    """How many batches a resumed loop by iterations passes over; none, if told so (onedl line)."""
+    return 0 if getattr(loop, 'fast_forward_on_resume', False) else loop.iter
+
+
+def keep_safe_mode() -> None:
+    """Let MMEngine read checkpoints in ``torch.load``'s safe mode or not at all.
+
+    The one of the onedl line reads a file that the safe mode refuses once more without it, and so
+    runs the code in it.
+    """
+    from mmengine.runner import checkpoint
+
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = torch.load
+
+
+def add_safe_globals(allowed: Sequence[Any]) -> None:
+    """Let :func:`load_weights` read these classes and functions.
+
+    Args:
+        allowed (Sequence): Classes and functions, or pairs of one and the name by which a file
+            asks for it.
+    """
+    for entry in allowed:
+        found, name = entry if isinstance(entry, tuple) else (entry, _full_name(entry))
+        _allowed[name] = found
+    if _SAFE_MODE_TAKES_NAMES:
         torch.serialization.add_safe_globals(list(allowed))
+
+
+def _full_name(found: Any) -> str:
+    return f'{found.__module__}.{found.__qualname__}'
+
+
+def load_weights(file: Any, map_location: Any = None, **_: Any) -> Any:
+    """``torch.load`` in its safe mode, with every version of torch, whatever else is asked for.
+
+    Before torch 2.6 that mode cannot be told of the classes in MMEngine's checkpoints; there the
+    unpickler is one of our own that gives out what both allow.
+
+    Args:
+        file: As ``torch.load`` takes it.
+        map_location: As ``torch.load`` takes it. Default: None.
+
+    Raises:
+        pickle.UnpicklingError: The file asks for anything else; nothing of it was run.
+    """
+    if _SAFE_MODE_TAKES_NAMES:
+        return _torch_load(file, map_location=map_location, weights_only=True)
+    return _torch_load(file, map_location=map_location, pickle_module=_WeightsPickle)
+
+
+@contextmanager
+def only_weights() -> Iterator[None]:
+    """Make ``torch.load`` :func:`load_weights` in the ``with`` block, whoever calls it.
+
+    MMEngine and ``torch.hub`` read downloaded files without the safe mode, also from torch 2.6 on.
+    """
+    before = torch.load
+    torch.load = load_weights  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = before
+
+
+class _WeightsPickle:
+    """What ``torch.load`` takes as its ``pickle_module``."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            allowed = {**_weights_only_unpickler._get_allowed_globals(), **_allowed}
+            # Pickles of PyTorch's protocol have Python 2's names of modules.
+            full_name = f'{IMPORT_MAPPING.get(module, module)}.{name}'
+            if full_name not in allowed:
+                raise pickle.UnpicklingError(f'GLOBAL {full_name} is none of the weights')
+            return allowed[full_name]
+
+    @classmethod
+    def load(cls, file: Any, **kwargs: Any) -> Any:
+        return cls.Unpickler(file, **kwargs).load()

@@ -1,18 +1,21 @@
 """What must be true of the data sets of a config before a run starts.
 
 Of most of it mmdet itself says nothing: it leaves objects out, or ends with an error far from the
-cause, in the first validation at the latest.
+cause, in the first validation at the latest. Image files are looked at when they are read.
 """
 
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from .cli import not_found
 
@@ -45,6 +48,37 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
                 _require_annotations(key, dataset, classes, training=name == DATALOADERS[0])
         if name != DATALOADERS[0]:
             _require_evaluator(config, name.replace('dataloader', 'evaluator'), datasets)
+
+
+@contextmanager
+def empty_images_named(runner: Runner, loops: Sequence[str]) -> Iterator[None]:
+    """End the program with the name of an image file that has no bytes, if one ends a run.
+
+    mmcv names a file that is no image, but for an empty one there is only OpenCV's own error.
+
+    Args:
+        runner (Runner): The runner that runs in the ``with`` block.
+        loops (Sequence[str]): Its loops that do, such as 'train_loop'.
+
+    Raises:
+        SystemExit: There are such files; the message names the first.
+    """
+    try:
+        yield
+    except cv2.error as error:
+        empty = [path for name in loops for path in _empty_images(getattr(runner, name))]
+        if not empty:
+            raise
+        more = f' (and {len(empty) - 1} more files are)' if len(empty) > 1 else ''
+        raise SystemExit(f'{empty[0]} is empty, where an image should be{more}') from error
+
+
+def _empty_images(loop: Any) -> list[str]:
+    dataset: Any = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    if not hasattr(dataset, 'get_data_info'):
+        return []
+    paths = (dataset.get_data_info(i).get('img_path') for i in range(len(dataset)))
+    return [path for path in paths if path and os.path.isfile(path) and not os.path.getsize(path)]
 
 
 def _datasets(node: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -68,4 +68,4 @@ def _optional(variable: str, default: Path) -> Path:
 
 
 def load_cases(path: Path) -> list[dict]:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding='utf-8'))

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -194,6 +195,38 @@ def test_a_count_is_a_whole_number_of_at_least_one(text):
         cli.positive(text)
 
 
+@pytest.fixture
+def several_processes(tmp_path, monkeypatch):
+    """A config for the only process of a distributed run, and no GPU."""
+    register_all_modules()
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+    address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='0', RANK='0', WORLD_SIZE='1')
+    for name, value in (address | dict(LOCAL_RANK='0')).items():
+        monkeypatch.setenv(name, value)
+    config = cli.load_config(CONFIG)
+    config.launcher, config.work_dir = 'pytorch', str(tmp_path)
+    yield config
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_processes_without_a_gpu_are_told_how_to_use_cpus(several_processes):
+    with pytest.raises(
+        SystemExit, match=r'has no GPU .* env_cfg\.dist_cfg\.backend=gloo uses CPUs'
+    ):
+        cli.build_runner(several_processes)
+
+
+def test_processes_train_on_cpus(several_processes):
+    several_processes.env_cfg.dist_cfg = dict(backend='gloo', timeout=60)
+    choose = torch.cuda.set_device
+    runner = cli.build_runner(several_processes)
+    assert isinstance(runner.model, MMDistributedDataParallel)
+    assert runner.model.device_ids is None
+    assert dist.get_backend() == 'gloo'
+    assert torch.cuda.set_device is choose
+
+
 class Start(BaseModule):
     def __init__(self, checkpoint, **attributes):
         super().__init__()
@@ -207,8 +240,10 @@ def test_weights_that_cannot_be_had_name_the_file_and_the_options(monkeypatch):
     with pytest.raises(SystemExit) as error:
         cli.require_start_weights(Start('torchvision://resnet50', frozen_stages=1))
     message = str(error.value)
-    assert message.startswith('model.backbone.init_cfg.checkpoint=torchvision://resnet50 cannot be')
-    assert 'torchvision' in message.partition('(')[2]
+    assert message.startswith(
+        'model.backbone.init_cfg.checkpoint: torchvision://resnet50 cannot be'
+    )
+    assert 'torchvision' in message.partition('read as a checkpoint: ')[2]
     assert re.search(r'fetch https://\S+/resnet50-\w+\.pth and set --cfg-options model', message)
     assert message.endswith(
         'model.backbone.init_cfg=None model.backbone.frozen_stages=-1 '
@@ -232,7 +267,7 @@ def test_without_a_network_the_address_is_named(monkeypatch, path, address):
     monkeypatch.setattr('mmengine.runner.checkpoint.load_from_http', offline)
     for loader in ('https://', 'http://'):
         monkeypatch.setitem(CheckpointLoader._schemes, loader, offline)
-    with pytest.raises(SystemExit, match=rf'\(no network\); fetch {address}'):
+    with pytest.raises(SystemExit, match=rf': no network; fetch {address}'):
         cli.require_start_weights(Start(path))
 
 
@@ -284,12 +319,16 @@ def dynamic(kernel_num=4, classes=3):
     )
 
 
+def require_weights(model, path):
+    cli.require_weights(model, cli.require_checkpoint(str(path)))
+
+
 @pytest.mark.parametrize('wrapped', [True, False])
 def test_weights_that_fit_are_loaded(tmp_path, wrapped):
     model, other = dynamic(), dynamic()
     state = {'module.' * wrapped + name: t for name, t in model.state_dict().items()}
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'a.pth')
-    cli.require_weights(other, str(tmp_path / 'a.pth'))
+    require_weights(other, tmp_path / 'a.pth')
     assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
 
 
@@ -298,7 +337,7 @@ def test_static_weights_fit(tmp_path):
         dict(backbone=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), head=nn.Conv2d(8, 3, 1))
     )
     torch.save(plain.state_dict(), tmp_path / 'a.pth')
-    cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+    require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize(
@@ -315,20 +354,20 @@ def test_static_weights_fit(tmp_path):
 def test_weights_of_another_shape_end_the_program(tmp_path, options, message):
     torch.save(dynamic(**options).state_dict(), tmp_path / 'a.pth')
     with pytest.raises(SystemExit, match=rf'a\.pth does not fit the config: {message}'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 def test_weights_of_another_model_end_the_program(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / 'a.pth')
     with pytest.raises(SystemExit, match=r'of the \d+ weights of the model are not in the file'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize('content', [b'', b'text', pickle.dumps(3)])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     (tmp_path / 'a.pth').write_bytes(content)
     with pytest.raises(SystemExit, match=r'a\.pth (cannot be read as a checkpoint|has no state)'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
@@ -336,4 +375,4 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
     content = (tmp_path / 'a.pth').read_bytes()
     (tmp_path / 'a.pth').write_bytes(content[: len(content) // 2])
     with pytest.raises(SystemExit, match=r'a\.pth cannot be read as a checkpoint'):
-        cli.require_weights(dynamic(), str(tmp_path / 'a.pth'))
+        require_weights(dynamic(), tmp_path / 'a.pth')

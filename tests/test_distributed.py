@@ -1,5 +1,6 @@
 """Whole detectors in several processes on the CPU: training and evaluation as in one."""
 
+import copy
 import json
 import os
 import signal
@@ -20,9 +21,18 @@ from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 
+from mmdet_odconv.checkpoint import Checkpoint
+from mmdet_odconv.cli import require_same_start
 from mmdet_odconv.layers.odconv import _ODConvNd
 from tests.conftest import ROOT
 from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
+
+try:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # before torch 2.6
+    fully_shard = None
 
 IMAGES = 4
 
@@ -48,40 +58,53 @@ def in_processes(world_size, function, folder):
     return [torch.load(folder / f'{world_size}-{rank}.pth') for rank in range(world_size)]
 
 
-def fcos():
-    """FCOS, whose losses are normalised over all processes; with a frozen stage, checkpointing."""
-    config = Config.fromfile(ROOT / 'configs/odconv/fcos_od_r50.py').model
+def small(name, **head):
+    """The detector of a config, smaller, with a frozen stage and activation checkpointing."""
+    register_all_modules()
+    hub = MessageHub.get_instance('tests')
+    hub.update_info('epoch', 0)
+    hub.update_info('iter', 0)
+    config = Config.fromfile(ROOT / f'configs/odconv/{name}.py').model
     config.backbone.update(
         depth=18, base_channels=8, with_cp=True, frozen_stages=1, norm_eval=True, init_cfg=None
     )
     config.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
-    config.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=5)
-    config.bbox_head.norm_cfg = dict(type='GN', num_groups=4, requires_grad=True)
+    head |= dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=5)
+    config.bbox_head.update(head)
     torch.manual_seed(0)
     model = MODELS.build(config)
     model.init_weights()
     return model.train()
 
 
+def fcos():
+    """FCOS, whose losses are normalised over all processes."""
+    return small('fcos_od_r50', norm_cfg=dict(type='GN', num_groups=4, requires_grad=True))
+
+
+def images():
+    """Four images with three boxes each, the same ones in all processes."""
+    sizes, boxes = [[3, 64, 64]] * IMAGES, [3] * IMAGES
+    return demo_mm_inputs(IMAGES, sizes, num_items=boxes, num_classes=5, use_box_type=True)
+
+
+def trained_by(model, **options):
+    """An optimizer wrapper for what a model has to train."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return OptimWrapper(torch.optim.SGD(parameters, lr=0.01, **options))
+
+
 def train_fcos(rank, world_size):
     """Three steps on this process's share of the images; all weights after that."""
-    register_all_modules()
-    hub = MessageHub.get_instance('tests')
-    hub.update_info('epoch', 0)
-    hub.update_info('iter', 0)
     model = fcos()
     assert sum(isinstance(module, _ODConvNd) for module in model.modules()) > 10
     trained = model
     if world_size > 1:
         trained = MMDistributedDataParallel(model, find_unused_parameters=False)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    wrapper = OptimWrapper(optimizer)
+    wrapper = trained_by(model)
     for step in range(3):
-        batch = demo_mm_inputs(
-            IMAGES, [[3, 64, 64]] * IMAGES, num_items=[3] * IMAGES, num_classes=5, use_box_type=True
-        )
         share = slice(rank, None, world_size)
-        batch = {key: value[share] for key, value in batch.items()}
+        batch = {key: value[share] for key, value in images().items()}
         loss = trained.train_step(batch, wrapper)['loss']
         assert loss.isfinite(), step
     return model.state_dict()
@@ -104,6 +127,59 @@ def test_processes_train_as_one_with_all_images(one_process, tmp_path, world_siz
     moved = [name for name in start if not torch.equal(start[name], one_process[name])]
     assert any(name.startswith('backbone.layer2') for name in moved)
     assert not any(name.startswith(('backbone.conv1', 'backbone.layer1')) for name in moved)
+
+
+def train_in_shards(rank, world_size):
+    """A step of RetinaNet on half of the images; bytes of this process, and all weights."""
+    model = small('retinanet_od_r50')
+    mesh = init_device_mesh('cpu', (world_size,))
+    for module in model.modules():
+        if isinstance(module, _ODConvNd):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sizes = step_on(model, [slice(rank, None, world_size)])
+    return sizes, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def step_on(model, shares):
+    """A step with the mean of the gradients of each share of the images.
+
+    Returns:
+        list[int]: Bytes of the parameters, the gradients and the optimizer's state here.
+    """
+    wrapper = trained_by(model, momentum=0.9)
+    batch = model.data_preprocessor(images(), training=True)
+    for share in shares:
+        part = dict(inputs=batch['inputs'][share], data_samples=batch['data_samples'][share])
+        loss, _ = model.parse_losses(model(**part, mode='loss'))
+        wrapper.backward(loss / len(shares))
+    wrapper.step()
+    parameters = list(model.parameters())
+    momenta = [state['momentum_buffer'] for state in wrapper.optimizer.state.values()]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [sum(map(bytes_here, group)) for group in (parameters, gradients, momenta)]
+
+
+def bytes_here(tensor):
+    local = tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+    return local.numel() * local.element_size()
+
+
+@pytest.mark.skipif(fully_shard is None, reason='torch has no fully_shard')
+def test_shards_step_as_the_whole_detector_with_half_of_the_memory(tmp_path):
+    results = in_processes(2, train_in_shards, tmp_path)
+    whole = small('retinanet_od_r50')
+    start = copy.deepcopy(whole.state_dict())
+    size = step_on(whole, [slice(0, None, 2), slice(1, None, 2)])
+    for rank, (sizes, weights) in enumerate(results):
+        for here, all_ in zip(sizes, size, strict=True):
+            assert 0.49 * all_ < here < 0.51 * all_, (rank, sizes, size)
+        for name, expected in whole.state_dict().items():
+            scale = max(expected.abs().max().item(), 1)
+            difference = (weights[name] - expected).abs().max().item()
+            assert difference <= 1e-5 * scale, (name, difference)
+    moves = [(value - start[name]).abs().max() for name, value in whole.state_dict().items()]
+    assert max(moves) > 1e-3
 
 
 def annotations(path, images=7):
@@ -186,3 +262,35 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
     assert exit_codes(2, train(parts, resume=True), tmp_path) == [0, 0]
     states = [weights_of(folder / 'epoch_3.pth') for folder in (parts, whole)]
     assert_equal_bit_for_bit(*states)
+
+
+def test_no_process_ends_before_the_checkpoint_is_saved(tmp_path):
+    """A launcher takes one that has ended as the reason to kill the others."""
+
+    def train(rank, world_size):
+        hooks = [dict(type='PreemptionHook'), SignalOne()]
+        training = runner(tmp_path / 'work', epochs=3, hooks=hooks, launcher='pytorch')
+        save = training.save_checkpoint
+        training.save_checkpoint = lambda *args, **kwargs: time.sleep(1) or save(*args, **kwargs)
+        try:
+            training.train()
+        except SystemExit:
+            os._exit(0 if (tmp_path / 'work/preempted.pth').is_file() else 1)
+
+    assert exit_codes(2, train, tmp_path) == [0, 0]
+
+
+def test_processes_with_different_checkpoints_do_not_start(tmp_path):
+    """As on hosts that do not share their work folder."""
+
+    def start(rank, world_size):
+        checkpoint = Checkpoint('epoch_3.pth', dict(meta=dict(iter=9))) if rank == 0 else None
+        try:
+            require_same_start(checkpoint)
+        except SystemExit as error:
+            return str(error)
+
+    for message in in_processes(2, start, tmp_path):
+        assert 'from epoch_3.pth (iteration 9) on ' in message
+        assert ' and anew on ' in message
+    require_same_start(None)

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
+import torch.distributed.fsdp
 import yaml
 
 from tests.conftest import ROOT
@@ -119,6 +120,25 @@ def test_the_tutorial(folder):
     assert len(list((folder / 'detections').glob('*.png'))) == 6
     assert (folder / 'detector.onnx').is_file()
     assert float(re.findall(r'coco/bbox_mAP: (\S+)', output)[-1]) > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif('DOCS_CHECK' not in os.environ, reason='half a minute: make docs-check')
+def test_the_training_in_shards(folder):
+    if not hasattr(torch.distributed.fsdp, 'fully_shard'):
+        pytest.skip('torch has no fully_shard')
+    script = next(block for block in blocks('distributed.md')[0] if block.title == 'shard.py')
+    (folder / script.title).write_text(script.code)
+    config = 'configs/odconv/retinanet_od_r18_shapes.py'
+    torchrun = ['torchrun', '--standalone', '--nproc-per-node', '2']
+    output = run([*torchrun, script.title, config], folder)
+    sizes = re.findall(r'rank (\d): (\w+) (\S+) MiB', output)
+    assert len(sizes) == 6
+    weights = torch.load(folder / 'sharded.pth')['state_dict']
+    whole = sum(value.nbytes for value in weights.values()) / 2**20
+    for _, what, size in sizes:
+        each = whole / 2 if what != 'optimizer' else whole  # AdamW has two moments
+        assert float(size) == pytest.approx(each, rel=0.05), what
 
 
 def test_every_page_is_in_the_navigation():

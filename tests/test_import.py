@@ -1,5 +1,4 @@
 import importlib.metadata
-import os
 import subprocess
 import sys
 from types import ModuleType
@@ -9,7 +8,6 @@ from mmengine.registry import HOOKS, MODELS
 
 import mmdet_odconv
 from mmdet_odconv import compat
-from tests.conftest import ROOT
 
 
 def test_public_names():
@@ -65,36 +63,3 @@ def test_mmcv_without_its_operators_is_named(monkeypatch):
 
 def test_versions_agree():
     assert importlib.metadata.version('mmdet_odconv') == mmdet_odconv.__version__
-
-
-def test_configs_of_an_installed_package_are_bases_of_others(tmp_path):
-    """``mmdet_odconv::odconv/...``, from the folder in which the package keeps its configs."""
-    build = [sys.executable, 'setup.py', '-q', 'build', '--build-base', tmp_path / 'build']
-    subprocess.run([*build, '--build-lib', tmp_path / 'lib'], cwd=ROOT, check=True)
-    (tmp_path / 'mine.py').write_text(
-        "_base_ = 'mmdet_odconv::odconv/retinanet_od_r50.py'\n"
-        'model = dict(backbone=dict(kernel_num=2))\n'
-    )
-    (tmp_path / 'small.py').write_text(
-        "_base_ = ['mmdet_odconv::_base_/schedules/schedule_small.py',\n"
-        "          'mmdet_odconv::_base_/models/retinanet_small.py']\n"
-        'model = dict(backbone=dict(depth=18))\n'
-    )
-    code = (
-        'import mmdet_odconv\n'
-        'from mmengine.config import Config\n'
-        'print(mmdet_odconv.__file__)\n'
-        'for name in ("mine.py", "small.py"):\n'
-        '    backbone = Config.fromfile(name).model.backbone\n'
-        '    print(backbone.type, backbone.get("kernel_num"), backbone.depth)\n'
-    )
-    result = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': str(tmp_path / 'lib')},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    package = tmp_path / 'lib/mmdet_odconv/__init__.py'
-    assert result.stdout.splitlines() == [str(package), 'ODResNet 2 50', 'ResNet None 18']

@@ -169,7 +169,7 @@ def main() -> None:
             'torch': torch.__version__,
             'keep_memory': args.keep_memory,
         }
-        args.out.write_text(json.dumps(report | {'results': results}, indent=1))
+        args.out.write_text(json.dumps(report | {'results': results}, indent=1), encoding='utf-8')
 
 
 def parse_args() -> argparse.Namespace:
@@ -443,7 +443,7 @@ def peak_resident() -> float:
     status = Path('/proc/self/status')
     if status.exists():
         # getrusage's figure would include that of the process that started this one.
-        found = re.search(r'VmHWM:\s*(\d+) kB', status.read_text())
+        found = re.search(r'VmHWM:\s*(\d+) kB', status.read_text(encoding='utf-8'))
         if found:
             return float(found[1]) * 1024
     unit = 1 if sys.platform == 'darwin' else 1024
@@ -462,7 +462,7 @@ def processor(device: str) -> str:
     info = Path('/proc/cpuinfo')
     names = [
         line.partition(':')[2].strip()
-        for line in (info.read_text().splitlines() if info.exists() else [])
+        for line in (info.read_text(encoding='utf-8').splitlines() if info.exists() else [])
         if line.startswith('model name')
     ]
     name = names[0] if names else platform.processor()

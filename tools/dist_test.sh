@@ -1,13 +1,8 @@
 #!/usr/bin/env bash
-# Test on the GPUs of one machine, or of several with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# Test on the GPUs of one host, or of several: then on each, with NNODES, NODE_RANK (from 0 on),
+# MASTER_ADDR (the host with NODE_RANK=0) and PORT (29500 if not set) in the environment.
 # Usage: tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of tools/test.py]
 set -euo pipefail
-here=$(dirname "$0")
-config=${1:?CONFIG is missing}
-checkpoint=${2:?CHECKPOINT is missing}
-gpus=${3:?GPUS is missing}
-
-PYTHONPATH="$here/..:${PYTHONPATH:-}" exec python -m torch.distributed.run \
-    --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$gpus" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}" \
-    "$here/test.py" "$config" "$checkpoint" --launcher pytorch "${@:4}"
+source "$(dirname "$0")/launch.sh"
+need CONFIG CHECKPOINT GPUS -- "$@"
+on_hosts "$3" "$here/test.py" "$1" "$2" "${@:4}"

@@ -1,12 +1,8 @@
 #!/usr/bin/env bash
-# Train on the GPUs of one machine, or of several with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
-# Usage: tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
+# Train on the GPUs of one host, or of several: then on each, with NNODES, NODE_RANK (from 0 on),
+# MASTER_ADDR (the host with NODE_RANK=0) and PORT (29500 if not set) in the environment.
+# Usage: tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]; GPUS are those of a host.
 set -euo pipefail
-here=$(dirname "$0")
-config=${1:?CONFIG is missing}
-gpus=${2:?GPUS is missing}
-
-PYTHONPATH="$here/..:${PYTHONPATH:-}" exec python -m torch.distributed.run \
-    --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$gpus" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}" \
-    "$here/train.py" "$config" --launcher pytorch "${@:3}"
+source "$(dirname "$0")/launch.sh"
+need CONFIG GPUS -- "$@"
+on_hosts "$2" "$here/train.py" "$1" "${@:3}"

@@ -67,7 +67,7 @@ class Docstrings(griffe.Extension):
     """
 
     def __init__(self) -> None:
-        text = (ROOT / 'docs/api.md').read_text()
+        text = (ROOT / 'docs/api.md').read_text(encoding='utf-8')
         self.documented = set(re.findall(r'^::: (\S+)$', text, re.MULTILINE))
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:

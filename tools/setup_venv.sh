@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # Make a virtual environment with torch, mmcv (compiled), mmdet and this package in it.
-# Usage: [PYTHON=python3] [TORCH=torch==2.13.0] tools/setup_venv.sh FOLDER
-# TORCH may name further packages whose versions have to go with it.
+# Usage: [PYTHON=python3] [TORCH=torch==2.13.0] [STACK=openmmlab] tools/setup_venv.sh FOLDER
+# TORCH may name further packages whose versions have to go with it. STACK=onedl takes the
+# maintained forks of mmcv and mmdet. CFLAGS are the compiler's options for mmcv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?FOLDER is missing}
 python=${PYTHON:-python3}
 read -ra torch <<<"${TORCH:-torch==2.13.0}"
+case ${STACK:=openmmlab} in
+    openmmlab) stack=requirements/mminstall.txt ;;
+    onedl) stack=requirements/mminstall-onedl.txt ;;
+    *) echo "STACK is $STACK; openmmlab and onedl are known." >&2 && exit 1 ;;
+esac
 
 "$python" - <<'PY'
 import sys
@@ -27,13 +33,19 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 echo "== 2/4  ${torch[*]}"
 pip install --quiet "${torch[@]}"
 pip install --quiet -r requirements/build.txt
+# What is installed later must leave these versions as they are.
+printf '%s\n' "${torch[@]}" >"$venv/torch.txt"
+# pip's cache does not tell a wheel of mmcv that was compiled for another torch: one for each.
+version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
+cache=$(pip cache dir 2>/dev/null) && cache=$cache/torch-$version || cache=
 
 echo '== 3/4  mmcv and mmdet; mmcv is compiled: about 8 minutes on 2 cores the first time, then'
 echo '        pip has the wheel. Its progress (files compiled/files in all):'
 log=$venv/mmcv-build.log
 # The constraint keeps mmdet's dependencies from replacing the setuptools that mmcv needs.
-MMCV_WITH_OPS=1 CFLAGS=-g0 pip install --verbose --no-build-isolation --no-binary mmcv \
-    -c requirements/build.txt -r requirements/mminstall.txt 2>&1 |
+MMCV_WITH_OPS=1 CFLAGS=${CFLAGS:--g0} pip ${cache:+--cache-dir "$cache"} install --verbose \
+    --no-build-isolation --no-binary mmcv,onedl-mmcv \
+    -c requirements/build.txt -c "$venv/torch.txt" -r "$stack" 2>&1 |
     tee "$log" | grep --line-buffered --only-matching --extended-regexp '^ *\[[0-9]+/[0-9]+\]' || true
 if ! "$venv/bin/python" -c 'import mmcv.ops, mmdet' 2>>"$log"; then
     tail -n 30 "$log" >&2
@@ -42,5 +54,5 @@ if ! "$venv/bin/python" -c 'import mmcv.ops, mmdet' 2>>"$log"; then
 fi
 
 echo '== 4/4  this package and what its tests need'
-pip install --quiet -r requirements.txt
+pip install --quiet -c "$venv/torch.txt" -r requirements.txt
 pip install --quiet --no-build-isolation --no-deps -e .

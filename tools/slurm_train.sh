@@ -1,17 +1,8 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster; GPUS, GPUS_PER_NODE, CPUS_PER_TASK and SRUN_ARGS are read if set.
+# Train on a Slurm cluster. Read if set: GPUS (of all nodes together, 8), NNODES, GPUS_PER_NODE (at
+# most 8), CPUS_PER_TASK (5), PORT (29500) and SRUN_ARGS.
 # Usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments of tools/train.py]
 set -euo pipefail
-here=$(dirname "$0")
-partition=${1:?PARTITION is missing}
-job=${2:?JOB_NAME is missing}
-config=${3:?CONFIG is missing}
-work_dir=${4:?WORK_DIR is missing}
-gpus=${GPUS:-8}
-
-# SRUN_ARGS is a list of words.
-# shellcheck disable=SC2086
-PYTHONPATH="$here/..:${PYTHONPATH:-}" exec srun -p "$partition" --job-name "$job" \
-    --ntasks "$gpus" --ntasks-per-node "${GPUS_PER_NODE:-8}" --gres "gpu:${GPUS_PER_NODE:-8}" \
-    --cpus-per-task "${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
-    python -u "$here/train.py" "$config" --work-dir "$work_dir" --launcher slurm "${@:5}"
+source "$(dirname "$0")/launch.sh"
+need PARTITION JOB_NAME CONFIG WORK_DIR -- "$@"
+on_slurm "$1" "$2" "$here/train.py" "$3" --work-dir "$4" "${@:5}"

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_odconv import cli, fuse_odconv_bn
-from mmdet_odconv.dataset_checks import require_datasets
+from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
 from mmdet_odconv.deployment import use_onnx_network
 
 
@@ -92,6 +92,13 @@ def detector_of(model: nn.Module) -> nn.Module:
     return model
 
 
+def require_fit(runner: Runner, path: str) -> None:
+    """End the program unless the checkpoint fits the detector of the runner."""
+    checkpoint = cli.require_checkpoint(path)
+    cli.require_weights(detector_of(runner.model), checkpoint)
+    warn_of_classes(runner, checkpoint.meta)
+
+
 def warn_of_classes(runner: Runner, meta: dict[str, Any]) -> None:
     """Say so if the checkpoint was trained for other classes than the data set has."""
     trained = (meta.get('dataset_meta') or {}).get('classes')
@@ -127,8 +134,7 @@ def main() -> None:
     if args.fuse_conv_bn or args.onnx:
         drop_ema(config)
     runner = cli.build_runner(config)
-    meta = cli.require_weights(detector_of(runner.model), args.checkpoint)
-    warn_of_classes(runner, meta)
+    require_fit(runner, args.checkpoint)
     if args.fuse_conv_bn:
         runner.load_or_resume()  # the statistics to fold are the checkpoint's
         runner.model.eval()
@@ -140,7 +146,7 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with cli.mistakes_in_one_sentence(config):
+    with cli.mistakes_in_one_sentence(config), empty_images_named(runner, ('test_loop',)):
         runner.test()
 
 

@@ -2,16 +2,17 @@
 """Train a detector; the command line is that of mmdet's tools/train.py."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmdet_odconv import cli
-from mmdet_odconv.checkpoint import CheckpointFileError, latest_checkpoint
-from mmdet_odconv.dataset_checks import require_datasets
+from mmdet_odconv.checkpoint import Checkpoint, CheckpointFileError, latest_checkpoint
+from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
 from mmdet_odconv.hooks import CheckpointError, NonFiniteError
 
 
@@ -59,7 +60,7 @@ def _name(hook: dict[str, Any]) -> str:
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 
 
-def resume(config: Config, path: str) -> bool:
+def resume(config: Config, path: str) -> Checkpoint | None:
     """Let the training go on from a checkpoint.
 
     Args:
@@ -67,28 +68,33 @@ def resume(config: Config, path: str) -> bool:
         path (str): The checkpoint, or 'auto' for the latest in the work folder.
 
     Returns:
-        bool: Whether there is one to go on from. If not, the training starts as the config says.
+        Checkpoint, optional: None if there is none. The training then starts as the config says.
     """
-    if 'runner_type' in config:  # a runner that finds its own
-        config.resume, config.load_from = True, None if path == 'auto' else path
-        return True
-    latest = latest_checkpoint(config.work_dir) if path == 'auto' else path
-    if latest is None:
-        return False
-    cli.require_file(latest, 'checkpoint')
-    config.resume, config.load_from = True, latest
-    meta = cli.require_checkpoint(latest).get('meta') or {}
-    if not {'epoch', 'iter'} <= set(meta):
+    if path == 'auto':
+        checkpoint = latest_checkpoint(config.work_dir)
+    else:
+        checkpoint = cli.require_checkpoint(path)
+    if checkpoint is None:
+        return None
+    if not {'epoch', 'iter'} <= set(checkpoint.meta):
         raise SystemExit(
-            f'{latest} has weights but not the state of a training, so that nothing can be resumed '
-            'from it; to start from these weights, set --cfg-options load_from'
+            f'{checkpoint.path} has weights but not the state of a training, so that nothing can '
+            'be resumed from it; to start from these weights, set --cfg-options load_from'
         )
+    config.resume, config.load_from = True, checkpoint.path
     # MMEngine sets a seed that it drew itself only after the order of the images was drawn.
-    seed = meta.get('seed')
     randomness = config.get('randomness') or {}
     if randomness.get('seed') is None:
-        config.randomness = dict(randomness, seed=seed)
-    return True
+        config.randomness = dict(randomness, seed=checkpoint.meta.get('seed'))
+    return checkpoint
+
+
+def resume_own(config: Config, path: str) -> None:
+    """The same for a runner of another kind, which saves in its own way, say in folders."""
+    config.resume, config.load_from = True, None if path == 'auto' else path
+    latest = find_latest_checkpoint(config.work_dir) if path == 'auto' else path
+    if latest is not None and not Path(latest).is_dir():
+        cli.require_checkpoint(latest)
 
 
 def warn_of_batch_size(runner: Runner, config: Config) -> None:
@@ -105,6 +111,38 @@ def warn_of_batch_size(runner: Runner, config: Config) -> None:
             f'(auto_scale_lr.base_batch_size), but a step has {total} here: add --auto-scale-lr '
             'to scale it, or set base_batch_size if the rate is meant as it is.'
         )
+
+
+def checked_runner(config: Config, start: str | None) -> Runner:
+    """The runner of a config, once all checkpoints that it will load have been read.
+
+    MMEngine reads them again, so that what is read here does not outlive this function.
+
+    Args:
+        config (Config): The config, which is changed.
+        start (str, optional): What to go on from, as of :func:`resume`; None to start anew.
+    """
+    checkpoint, anew = None, start is None
+    if start is not None and 'runner_type' in config:
+        resume_own(config, start)
+    elif start is not None:
+        checkpoint = resume(config, start)
+        anew = checkpoint is None
+    if anew and config.get('load_from'):
+        cli.require_checkpoint(config.load_from)
+    runner = cli.build_runner(config)
+    if anew and start is not None:
+        runner.logger.warning(
+            f'There is nothing to resume in {config.work_dir}, so the training starts anew.'
+        )
+    warn_of_batch_size(runner, config)
+    if checkpoint is not None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        cli.require_weights(model, checkpoint)
+    if start is not None and 'runner_type' not in config:
+        cli.require_same_start(checkpoint)
+    cli.require_start_weights(runner.model)
+    return runner
 
 
 def main() -> None:
@@ -128,21 +166,9 @@ def main() -> None:
     add_guards(config)
 
     try:
-        resumed = start is not None and resume(config, start)
-        if not resumed and config.get('load_from'):
-            cli.require_file(config.load_from, 'checkpoint')
-            cli.require_checkpoint(config.load_from)
-        runner = cli.build_runner(config)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        if start is not None and not resumed:
-            runner.logger.warning(
-                f'There is nothing to resume in {config.work_dir}, so the training starts anew.'
-            )
-        warn_of_batch_size(runner, config)
-        if resumed and 'runner_type' not in config:
-            cli.require_weights(model, config.load_from)
-        cli.require_start_weights(runner.model)
-        with cli.mistakes_in_one_sentence(config):
+        runner = checked_runner(config, start)
+        named = empty_images_named(runner, ('train_loop', 'val_loop'))
+        with cli.mistakes_in_one_sentence(config), named:
             runner.train()
     except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error

@@ -1,22 +1,44 @@
 """Reading checkpoints of a training: any file, also a broken one or a stranger's."""
 
 import logging
+import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
+
+from ..compat import load_weights, only_weights
 
 
 class CheckpointFileError(ValueError):
     """A file cannot be used as a checkpoint; the message names it and says why."""
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint, in ``torch.load``'s safe mode.
+class Checkpoint(NamedTuple):
+    """A checkpoint that has been read.
+
+    MMEngine reads the file again for itself, so keep this no longer than it is needed.
+
+    Args:
+        path (str): The file.
+        content (dict): What is in it.
+    """
+
+    path: str
+    content: dict[str, Any]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoint says of itself: seed, classes and so on; empty for mere weights."""
+        return self.content.get('meta') or {}
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Read a checkpoint in ``torch.load``'s safe mode, with every version of torch.
 
     Args:
         path (str): As MMEngine takes it.
@@ -26,14 +48,18 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             values, or is no checkpoint at all.
     """
     try:
-        content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+        if '://' in path:
+            with only_weights():
+                content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+        else:
+            content = load_weights(Path(path).expanduser(), map_location='cpu')
     except Exception as error:  # bytes that are no checkpoint can raise anything
         raise CheckpointFileError(
             f'{path} cannot be read as a checkpoint: {_reason(error)}'
         ) from error
     if not isinstance(content, dict):
         raise CheckpointFileError(f'{path} has no state dict, but a {type(content).__name__}')
-    return content
+    return Checkpoint(path, content)
 
 
 def _reason(error: Exception) -> str:
@@ -61,7 +87,7 @@ def not_finite(model: nn.Module, state_dict: dict[str, Any]) -> list[str]:
     ]
 
 
-def latest_checkpoint(work_dir: str) -> str | None:
+def latest_checkpoint(work_dir: str) -> Checkpoint | None:
     """The checkpoint from which a training in a work folder goes on.
 
     This is the one that ``last_checkpoint`` names. If that one is missing or damaged, as a kill
@@ -72,7 +98,7 @@ def latest_checkpoint(work_dir: str) -> str | None:
         work_dir (str): The work folder.
 
     Returns:
-        str, optional: None if the folder has no checkpoint.
+        Checkpoint, optional: None if the folder has no checkpoint.
 
     Raises:
         CheckpointFileError: There are checkpoints, but none can be read.
@@ -81,7 +107,7 @@ def latest_checkpoint(work_dir: str) -> str | None:
     files = [path for path in folder.glob('*.pth') if not path.name.startswith('best_')]
     files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     record = folder / 'last_checkpoint'
-    named = Path(record.read_text().strip()) if record.is_file() else None
+    named = Path(os.fsdecode(record.read_bytes()).strip()) if record.is_file() else None
     if named is not None and named.name:
         # The folder may have been moved since.
         files = [named, folder / named.name, *files]
@@ -90,8 +116,9 @@ def latest_checkpoint(work_dir: str) -> str | None:
         if path in complaints or not path.is_file():
             continue
         try:
-            if 'optimizer' in read_checkpoint(str(path)):
-                return str(path)
+            checkpoint = read_checkpoint(str(path))
+            if 'optimizer' in checkpoint.content:
+                return checkpoint
             complaints[path] = f'{path} has no state of the optimizer'
         except CheckpointFileError as error:
             complaints[path] = str(error)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mmengine.logging import HistoryBuffer
 
-from ..compat import add_safe_globals
+from ..compat import add_safe_globals, keep_safe_mode
 
 _STATISTICS = ('mean', 'max', 'min', 'current')
 _SCALAR_TYPES = (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)
@@ -23,7 +23,7 @@ def register_safe_globals() -> None:
 
     These are ``HistoryBuffer``, NumPy's arrays, scalars and plain number types, and, in the place
     of ``builtins.getattr``, a function that gives out the four statistics of ``HistoryBuffer``
-    and nothing else.
+    and nothing else. A reader of MMEngine that would leave safe mode is replaced.
     """
     reconstruct = np.empty(0).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
@@ -38,6 +38,7 @@ def register_safe_globals() -> None:
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         safe += [(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')]
     add_safe_globals(safe)
+    keep_safe_mode()
 
 
 def _statistic_of_history_buffer(obj: object, name: str) -> Any:

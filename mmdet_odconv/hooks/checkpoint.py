@@ -15,6 +15,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
+from ..compat import batches_passed_over, pass_over
+
 _BACKEND = 'durable_local'
 # The key of a checkpoint under which it has what MMEngine itself does not save.
 _POSITION = 'position'
@@ -122,7 +124,7 @@ class SafeCheckpointHook(CheckpointHook):
             self._loaded = None
         elif isinstance(loop, IterBasedTrainLoop):  # which itself passes over what it has done
             loop.dataloader_iterator = _GoingOn(
-                loop.dataloader_iterator, runner.iter, loaded['generators']
+                loop.dataloader_iterator, batches_passed_over(loop), loaded['generators']
             )
             self._loaded = None
         elif 'batches' not in loaded:  # saved by a loop without epochs
@@ -214,7 +216,7 @@ class SafeCheckpointHook(CheckpointHook):
             self._position = None
         path = self.file_backend.join_path(self.out_dir, name)
         if is_main_process():
-            write_durably(Path(runner.work_dir) / 'last_checkpoint', path.encode())
+            write_durably(Path(runner.work_dir) / 'last_checkpoint', os.fsencode(path))
         self._saved_iter = meta['iter']
         return path
 
@@ -295,6 +297,11 @@ class _GoingOn:
             _set_generators(_of_this_process(self.generators))
         self.done -= 1
         return next(self.batches)
+
+    def skip_iter(self, number: int) -> None:
+        """What the onedl line's MMEngine calls for the batches that are done."""
+        pass_over(self.batches, number)
+        self.done -= number
 
     def skipped(self) -> Iterator[Any]:
         """This iterator, after the batches that are done."""

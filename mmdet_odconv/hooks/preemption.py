@@ -1,9 +1,8 @@
 """A runner hook that saves and ends the training when a scheduler takes the machine back."""
 
-import atexit
 import functools
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce, barrier, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
@@ -59,9 +58,11 @@ class PreemptionHook(Hook):
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         # Slurm, for one, signals all processes of a job, and without its workers an iteration
-        # cannot be finished. At the end, Python ends workers that are still there by SIGTERM.
+        # cannot be finished. When a process ends, also by an error, Python ends workers that are
+        # still there by SIGTERM, after these finalizers. A process that multiprocessing itself has
+        # started, as torch.multiprocessing.spawn does, calls no function of atexit.
         self._training = multiprocessing.RawValue('b', 1)
-        atexit.register(self._end_of_training)
+        self._end = multiprocessing.util.Finalize(None, self._end_of_training, exitpriority=0)
         loader = runner.train_loop.dataloader
         loader.worker_init_fn = functools.partial(
             _defer_sigterm, loader.worker_init_fn, self._training
@@ -71,8 +72,7 @@ class PreemptionHook(Hook):
         self._training.value = 0
 
     def after_train(self, runner: Runner) -> None:
-        self._end_of_training()
-        atexit.unregister(self._end_of_training)
+        self._end()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous)
 
@@ -105,6 +105,7 @@ class PreemptionHook(Hook):
     def _stop(self, runner: Runner, iterations: int) -> None:
         if not self._checkpoints.is_saved(iterations):
             self._checkpoints.save_now(runner, iterations)
+        barrier()  # a launcher that sees one process end may kill the one that still saves
         print_log(
             f'SIGTERM: stopped and saved after {iterations} iterations; --resume goes on from '
             f'there, and exit status {self.exit_code} asks the scheduler to',

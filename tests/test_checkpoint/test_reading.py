@@ -1,10 +1,17 @@
+import contextlib
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from mmengine.logging import MessageHub
+from mmengine.runner import CheckpointLoader
+from torch import nn
 
+from mmdet_odconv import ODConv2d, compat
 from mmdet_odconv.checkpoint import CheckpointFileError, latest_checkpoint, read_checkpoint
+from mmdet_odconv.hooks.checkpoint import _generators
 
 
 class Hostile:
@@ -19,7 +26,7 @@ class Hostile:
 
 def test_a_checkpoint_is_read(tmp_path):
     torch.save(dict(state_dict=dict(a=torch.ones(2))), tmp_path / 'good.pth')
-    assert read_checkpoint(str(tmp_path / 'good.pth'))['state_dict']['a'].sum() == 2
+    assert read_checkpoint(str(tmp_path / 'good.pth')).content['state_dict']['a'].sum() == 2
 
 
 @pytest.mark.parametrize('part', [0, 0.01, 0.3, 0.9, 0.999])
@@ -34,11 +41,34 @@ def test_truncated_files_are_named(tmp_path, part):
     assert '\n' not in str(e.value)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'),
-    reason='torch.load is in its safe mode from torch 2.6 on',
-)
-@pytest.mark.parametrize('write', [torch.save, lambda o, path: path.write_bytes(pickle.dumps(o))])
+def as_zip(content, path):
+    torch.save(content, path)
+
+
+def as_before_torch_1_6(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def as_mere_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.fixture(params=['of this version', 'before torch 2.6'])
+def _safe_mode(request, monkeypatch):
+    """Both ways of reading, and a ``torch.load`` that runs everything unless it is told not to."""
+    if request.param == 'before torch 2.6':
+        monkeypatch.setattr(compat, '_SAFE_MODE_TAKES_NAMES', False)
+    load = torch.load
+
+    def trusting(*args, weights_only=False, **kwargs):
+        return load(*args, weights_only=weights_only, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', trusting)
+    monkeypatch.setattr(compat, '_torch_load', trusting)
+
+
+@pytest.mark.usefixtures('_safe_mode')
+@pytest.mark.parametrize('write', [as_zip, as_before_torch_1_6, as_mere_pickle])
 def test_a_strangers_code_does_not_run(tmp_path, write):
     path, proof = tmp_path / 'hostile.pth', tmp_path / 'proof'
     write(dict(state_dict=dict(a=Hostile(proof))), path)
@@ -47,6 +77,54 @@ def test_a_strangers_code_does_not_run(tmp_path, write):
     assert 'nothing of it was run' in str(error.value)
     assert 'arbitrary code' not in str(error.value)
     assert not proof.exists()
+    with contextlib.suppress(Exception):  # the test's own proof that it can fail
+        torch.load(path)
+    assert proof.exists()
+
+
+@pytest.mark.usefixtures('_safe_mode')
+def test_a_strangers_code_does_not_run_from_the_web_either(tmp_path, monkeypatch):
+    """torch.hub reads what it has fetched, here in an earlier run, without the safe mode."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    path, proof = tmp_path / 'hub/checkpoints/hostile.pth', tmp_path / 'proof'
+    path.parent.mkdir(parents=True)
+    torch.save(dict(state_dict=dict(a=Hostile(proof))), path)
+    trusting = torch.load
+    with pytest.raises(CheckpointFileError, match=r'hostile\.pth cannot .*nothing of it was run'):
+        read_checkpoint('https://example.org/hostile.pth')
+    assert not proof.exists()
+    assert torch.load is trusting
+    with contextlib.suppress(Exception):
+        CheckpointLoader.load_checkpoint('https://example.org/hostile.pth')
+    assert proof.exists()
+
+
+@pytest.mark.usefixtures('_safe_mode')
+@pytest.mark.parametrize('write', [as_zip, as_before_torch_1_6])
+def test_what_mmengine_saves_is_read_whole(tmp_path, write):
+    model = nn.Sequential(ODConv2d(4, 6, 3), nn.BatchNorm2d(6))
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    hub = MessageHub.get_instance('reading')
+    hub.update_scalar('train/loss', 3.0)
+    hub.update_info('numbers', [np.float32(1), np.int64(2), np.bool_(True), np.zeros(2, np.uint8)])
+    content = dict(
+        meta=dict(seed=3, dataset_meta=dict(classes=('a',), palette=[(1, 2, 3)])),
+        state_dict=dict(model.state_dict(), half=torch.ones(2).half(), mask=torch.ones(2) > 0),
+        optimizer=optimizer.state_dict(),
+        message_hub=hub.state_dict(),
+        position=dict(generators=[_generators()]),
+    )
+    write(content, tmp_path / 'a.pth')
+    checkpoint = read_checkpoint(str(tmp_path / 'a.pth'))
+    assert checkpoint.meta == content['meta']
+    for name, value in content['state_dict'].items():
+        assert torch.equal(checkpoint.content['state_dict'][name], value), name
+    moment = checkpoint.content['optimizer']['state'][0]['exp_avg']
+    assert torch.equal(moment, optimizer.state_dict()['state'][0]['exp_avg'])
+    log = checkpoint.content['message_hub']['log_scalars']['train/loss']
+    assert log.statistics('mean') == 3
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
@@ -70,25 +148,26 @@ class TestLatestCheckpoint:
 
     def test_is_the_one_that_is_named(self, folder):
         (folder / 'last_checkpoint').write_text(str(folder / 'epoch_1.pth'))
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_1.pth')
+        assert latest_checkpoint(str(folder)).path == str(folder / 'epoch_1.pth')
 
-    @pytest.mark.parametrize('size', [0, 10, 900])
-    def test_is_never_a_truncated_one(self, folder, size):
-        os.truncate(folder / 'epoch_2.pth', size)
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_1.pth')
+    @pytest.mark.parametrize('part', [0, 0.01, 0.9])
+    def test_is_never_a_truncated_one(self, folder, part):
+        path = folder / 'epoch_2.pth'
+        os.truncate(path, int(path.stat().st_size * part))
+        assert latest_checkpoint(str(folder)).path == str(folder / 'epoch_1.pth')
 
     @pytest.mark.parametrize('name', ['', 'elsewhere/epoch_2.pth', 'epoch_7.pth'])
     def test_is_found_where_its_name_is_lost(self, folder, name):
         (folder / 'last_checkpoint').write_text(name)
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_2.pth')
+        assert latest_checkpoint(str(folder)).path == str(folder / 'epoch_2.pth')
         (folder / 'last_checkpoint').unlink()
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_2.pth')
+        assert latest_checkpoint(str(folder)).path == str(folder / 'epoch_2.pth')
 
     def test_is_no_best_checkpoint_which_has_no_optimizer(self, folder):
         torch.save(dict(state_dict={}), folder / 'best_acc.pth')
         torch.save(dict(state_dict={}), folder / 'weights.pth')
         (folder / 'last_checkpoint').unlink()
-        assert latest_checkpoint(str(folder)) == str(folder / 'epoch_2.pth')
+        assert latest_checkpoint(str(folder)).path == str(folder / 'epoch_2.pth')
 
     def test_is_none_in_a_new_folder(self, tmp_path):
         assert latest_checkpoint(str(tmp_path)) is None

@@ -34,6 +34,17 @@ def train(work_dir, **options):
     runner(work_dir, **options).train()
 
 
+class KillAt(Hook):
+    """Kills the process before an iteration."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     """The folder of a run of four epochs."""
@@ -76,6 +87,18 @@ def test_a_run_by_iterations_that_is_resumed_ends_with_the_same_bits(tmp_path):
     assert InChild(train, parts, **(options | dict(max_iters=8))).wait() == 0
     assert InChild(train, parts, resume=True, **options).wait() == 0
     assert_equal_bit_for_bit(weights_of(parts / 'iter_12.pth'), weights_of(whole / 'iter_12.pth'))
+
+
+def test_a_run_that_saves_within_its_epochs_goes_on_from_there(tmp_path):
+    """With epochs of an hour, a checkpoint at the end of each would be too few."""
+    options = dict(epochs=3, checkpoint=dict(by_epoch=False, interval=3))
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert InChild(train, whole, **options).wait() == 0
+    assert InChild(train, parts, **options, hooks=[KillAt(8)]).wait() == -signal.SIGKILL
+    assert latest_checkpoint(str(parts)) == str(parts / 'iter_6.pth')
+    assert InChild(train, parts, **options, resume=True).wait() == 0
+    states = [weights_of(folder / f'iter_{3 * BATCHES}.pth') for folder in (parts, whole)]
+    assert_equal_bit_for_bit(*states)
 
 
 @pytest.mark.parametrize('from_mmengine', [True, False])
@@ -125,7 +148,7 @@ def test_a_kill_during_any_write_loses_nothing(undisturbed, tmp_path, moment):
         exit_code = InChild(kill_at_write, tmp_path, number, moment, resume=True).wait()
         assert exit_code in (0, -signal.SIGKILL)
         latest = latest_checkpoint(str(tmp_path))
-        reached = torch.load(latest)['meta']['iter'] if latest else 0
+        reached = latest.meta['iter'] if latest else 0
         assert reached >= iterations
         iterations = reached
     assert InChild(train, tmp_path, resume=True).wait() == 0

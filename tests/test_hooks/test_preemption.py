@@ -9,6 +9,7 @@ from mmdet_odconv.checkpoint import latest_checkpoint
 from mmdet_odconv.hooks import PreemptionHook
 from tests.tiny_training import (
     BATCHES,
+    Images,
     InChild,
     assert_equal_bit_for_bit,
     runner,
@@ -61,8 +62,8 @@ def test_sigterm_saves_and_the_resumed_run_has_the_same_bits(
 ):
     assert InChild(train, tmp_path, signal_at=(moment, iteration)).wait() == 99
     latest = latest_checkpoint(str(tmp_path))
-    assert latest == str(tmp_path / name)
-    assert torch.load(latest)['meta']['iter'] == done
+    assert latest.path == str(tmp_path / name)
+    assert latest.meta['iter'] == done
     assert InChild(train, tmp_path, resume=True).wait() == 0
     assert_equal_bit_for_bit(weights_of(tmp_path / 'epoch_4.pth'), undisturbed)
     assert not (tmp_path / 'preempted.pth').exists()
@@ -104,6 +105,20 @@ def test_workers_that_persist_end_with_the_training(tmp_path):
     ended = child.process.exitcode
     child.process.kill()
     assert ended == 0
+
+
+def failing(work_dir):
+    Images.__getitem__ = lambda self, index: 1 / 0  # in this process and its workers
+    train(work_dir, num_workers=2)
+
+
+def test_workers_end_with_a_training_that_an_image_has_ended(tmp_path):
+    """Here in a process that multiprocessing started, as sweeps of settings start theirs."""
+    child = InChild(failing, tmp_path)
+    child.process.join(120)
+    ended = child.process.exitcode
+    child.process.kill()
+    assert ended == 1
 
 
 def test_an_epoch_of_another_length_starts_anew(tmp_path):

@@ -86,28 +86,58 @@ def test_arms_are_compared_seed_by_seed(tool):
     assert rows[-2][3].startswith('3.0 ± 1.4')
 
 
+def test_arms_are_compared_at_their_best_rates(tool):
+    arms = {
+        'plain': [log('plain', 0, 0.40, 0.5), log('plain', 1, 0.42, 0.5)],
+        'plain_rate4': [log('plain_rate4', 0, 0.50, 0.5), log('plain_rate4', 1, 0.54, 0.5)],
+        'od_k4': [log('od_k4', 0, 0.56, 0.4), log('od_k4', 1, 0.58, 0.4)],
+        'od_k4_rate4': [log('od_k4_rate4', 0, 0.45, 0.4)],
+        'od_k1': [log('od_k1', 0, 0.45, 0.4)],
+    }
+    own, best = tool('table').comparisons(arms).split('\n\n')
+    assert [line.split(' | ')[0] for line in own.splitlines()[2:]] == [
+        '| plain',
+        '| od_k1',
+        '| od_k4',
+    ]
+    rows = [line.split(' | ') for line in best.splitlines()[2:]]
+    # 6 points with one seed, 4 with the other.
+    assert rows == [
+        ['| plain', '1: 41.0, 4: 52.0', '4', '2', '52.0 ± 2.8', '', '', '5.0 ± 1.4 |'],
+        ['| od_k4', '1: 57.0, 4: 45.0', '1', '2', '57.0 ± 1.4', '5.0 ± 1.4', '0.0 ± 0.0', ' |'],
+    ]
+
+
+def test_an_arm_at_another_rate(tool):
+    run = tool('run')
+    slow, fast = (run.arm_config(arm, 0, task='small_batch') for arm in ('plain', 'plain_rate2.5'))
+    assert fast.optim_wrapper.optimizer.lr == 2.5 * slow.optim_wrapper.optimizer.lr
+    assert fast.model == slow.model
+
+
 def test_no_logs(tool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool('table').main(['--logs', str(tmp_path)])
     assert 'has no log' in capsys.readouterr().err
 
 
-def test_every_arm_builds_with_the_counts_of_its_convolutions(tool):
+@pytest.mark.parametrize('task', ['shapes', 'light'])
+def test_every_arm_builds_with_the_counts_of_its_convolutions(tool, task):
     run = tool('run')
-    counts = {arm: run.count(run.arm_config(arm, 0)) for arm in run.TASKS['shapes'][1]}
+    counts = {arm: run.count(run.arm_config(arm, 0, task=task)) for arm in run.TASKS[task][1]}
     plain = counts['plain']
     assert counts['od_k1']['multiply_adds'] == plain['multiply_adds']
     # A bank is mixed once for an image: as many multiply-adds as it has entries.
     banks = sum(
         layer.weight.numel()
-        for layer in run.MODELS.build(run.arm_config('od_k4', 0).model).modules()
+        for layer in run.MODELS.build(run.arm_config('od_k4', 0, task=task).model).modules()
         if isinstance(layer, ODConv2d)
     )
     assert counts['od_k4']['multiply_adds'] == plain['multiply_adds'] + banks
     assert counts['plain_wide_madds']['multiply_adds'] >= counts['od_k4']['multiply_adds']
 
 
-@pytest.mark.parametrize('task', ['pretrained', 'small_batch'])
+@pytest.mark.parametrize('task', ['pretrained', 'light_pretrained', 'small_batch'])
 def test_the_rates_of_arms_from_static_weights(tool, task):
     run = tool('run')
     rates = {}
@@ -141,10 +171,11 @@ def test_only_what_is_missing_is_started(tool, tmp_path, monkeypatch):
     assert started == [('plain', 1)]
 
 
-def test_unknown_arm(tool, capsys):
+@pytest.mark.parametrize('arm', ['odconv', 'plain_ratefast', 'odconv_rate2'])
+def test_unknown_arm(tool, capsys, arm):
     with pytest.raises(SystemExit):
-        tool('run').main(['odconv'])
-    assert "there is no arm 'odconv'" in capsys.readouterr().err
+        tool('run').main([arm])
+    assert f"there is no arm '{arm}'" in capsys.readouterr().err
 
 
 def test_a_checkpoint_counts_once_it_has_been_evaluated(tool, tmp_path):

@@ -54,9 +54,14 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp('tools')
     shapes, work_dir = root / 'shapes', root / 'work'
     run_tool('make_shapes_dataset.py', shapes, '--train', 16, '--val', 8, '--size', 96, 96)
-    args = ['--work-dir', work_dir, '--cfg-options', *SMALL, 'train_cfg.max_epochs=2']
+    args = ['--resume', '--work-dir', work_dir, '--cfg-options', *SMALL, 'train_cfg.max_epochs=2']
     run_tool('train.py', CONFIG, *args, shapes=shapes)
     return SimpleNamespace(shapes=shapes, work_dir=work_dir, checkpoint=work_dir / 'epoch_2.pth')
+
+
+def test_with_nothing_to_resume_the_training_starts_anew_and_says_so(trained):
+    log = min(trained.work_dir.glob('*/*.log')).read_text()
+    assert f'WARNING - There is nothing to resume in {trained.work_dir}, so the training' in log
 
 
 def test_training_lowers_the_loss_and_validates(trained):

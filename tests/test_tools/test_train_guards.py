@@ -1,13 +1,18 @@
-"""Every training by tools/train.py has the hooks of docs/reliability.md."""
+"""What tools/train.py adds to a config for docs/reliability.md, and what it warns of."""
 
 import importlib.util
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
+from torch import nn
 
+from mmdet_odconv import compat
 from tests.conftest import ROOT
+from tests.test_checkpoint.test_reading import Hostile
 
 SPEC = importlib.util.spec_from_file_location('train_tool', ROOT / 'tools/train.py')
 TOOL = importlib.util.module_from_spec(SPEC)
@@ -58,3 +63,71 @@ def test_weights_without_the_state_of_a_training_are_not_resumed_from(tmp_path):
     torch.save(dict(state_dict={}, meta={}), tmp_path / 'weights.pth')
     with pytest.raises(SystemExit, match=r'weights\.pth has weights but not the state of a train'):
         TOOL.resume(Config(), str(tmp_path / 'weights.pth'))
+
+
+def test_a_run_goes_on_with_its_seed_after_one_reading(tmp_path, monkeypatch):
+    model, path = nn.Linear(2, 2), tmp_path / 'epoch_1.pth'
+    torch.save(
+        dict(state_dict=model.state_dict(), optimizer={}, meta=dict(seed=3, epoch=1, iter=6)), path
+    )
+    runner = SimpleNamespace(model=nn.Linear(2, 2))
+    monkeypatch.setattr(TOOL.cli, 'build_runner', lambda config: runner)
+    readings, load = [], compat._torch_load
+    monkeypatch.setattr(
+        compat, '_torch_load', lambda file, **kwargs: readings.append(file) or load(file, **kwargs)
+    )
+    config = Config(dict(work_dir=str(tmp_path), train_dataloader={}))
+    assert TOOL.checked_runner(config, 'auto') is runner
+    assert readings == [path]
+    assert (config.resume, config.load_from) == (True, str(path))
+    assert config.randomness.seed == 3
+    assert torch.equal(runner.model.weight, model.weight)
+
+
+def test_a_runner_of_another_kind_goes_on_from_folders_but_from_no_strangers_file(tmp_path):
+    config = Config(dict(runner_type='FlexibleRunner', work_dir=str(tmp_path)))
+    (tmp_path / 'epoch_1').mkdir()
+    TOOL.resume_own(config, str(tmp_path / 'epoch_1'))
+    assert (config.resume, config.load_from) == (True, str(tmp_path / 'epoch_1'))
+    path, proof = tmp_path / 'epoch_1.pth', tmp_path / 'proof'
+    torch.save(dict(state_dict=dict(a=Hostile(proof))), path)
+    (tmp_path / 'last_checkpoint').write_text(str(path))
+    for given in ('auto', str(path)):
+        with pytest.raises(SystemExit, match=r'epoch_1\.pth cannot .*nothing of it was run'):
+            TOOL.resume_own(config, given)
+    assert not proof.exists()
+
+
+def warnings_of_batch_size(caplog, batch_size, processes=1, counts=1, **scaling):
+    runner = SimpleNamespace(logger=logging.getLogger('train_guards'), world_size=processes)
+    config = dict(
+        auto_scale_lr=scaling,
+        optim_wrapper=dict(accumulative_counts=counts),
+        train_dataloader=dict(batch_size=batch_size) if batch_size else dict(batch_sampler={}),
+    )
+    caplog.clear()
+    TOOL.warn_of_batch_size(runner, Config(config))
+    return caplog.messages
+
+
+def test_a_rate_meant_for_quite_another_batch_is_warned_of(caplog):
+    for batch_size, processes, counts, step in ((2, 1, 1, 2), (2, 3, 1, 6), (2, 8, 4, 64)):
+        (message,) = warnings_of_batch_size(
+            caplog, batch_size, processes, counts, base_batch_size=16
+        )
+        assert 'meant for 16 images a step' in message
+        assert f'but a step has {step} here: add --auto-scale-lr' in message
+
+
+@pytest.mark.parametrize(
+    'scaling', [dict(), dict(enable=False), dict(enable=True, base_batch_size=16)]
+)
+def test_a_rate_that_is_scaled_or_meant_for_no_batch_is_not_warned_of(caplog, scaling):
+    assert not warnings_of_batch_size(caplog, 2, **scaling)
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'processes', 'counts'), [(2, 8, 1), (2, 4, 1), (4, 4, 2), (None, 1, 1)]
+)
+def test_a_batch_of_about_the_size_is_not_warned_of(caplog, batch_size, processes, counts):
+    assert not warnings_of_batch_size(caplog, batch_size, processes, counts, base_batch_size=16)

@@ -27,7 +27,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmdet_odconv import ODConv2d, cli, load_official_checkpoint
-from mmdet_odconv.dataset_checks import require_datasets
+from mmdet_odconv.dataset_checks import DATALOADERS, require_datasets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/odconv/retinanet_od_mobilenetv2_bccd.py'
@@ -157,7 +157,7 @@ def run_config(start: str, way: Way, weights: str) -> Config:
     config.default_hooks.checkpoint = dict(
         type='CheckpointHook', interval=epochs, save_optimizer=False
     )
-    for name in cli.DATALOADERS:
+    for name in DATALOADERS:
         config[name].update(num_workers=0, persistent_workers=False)
     return config
 
@@ -243,10 +243,10 @@ def main() -> None:
     require_datasets(cli.load_config(str(CONFIG)))
     args.work_dir.mkdir(parents=True, exist_ok=True)
     file = args.work_dir / 'results.json'
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     weights = {}
     if args.detector:
-        cli.require_file(args.detector, 'checkpoint')
+        cli.require_checkpoint(args.detector)
         weights['detector'] = args.detector
     if args.imagenet:
         cli.require_file(args.imagenet, 'checkpoint')
@@ -258,7 +258,7 @@ def main() -> None:
             config.experiment_name = re.sub(r'[^\w.]+', '-', key)
             config.work_dir = str(args.work_dir / config.experiment_name)
             results[key] = run(config)
-            file.write_text(json.dumps(results, indent=1))
+            file.write_text(json.dumps(results, indent=1), encoding='utf-8')
 
     for start, path in weights.items():
         for name in args.ways:

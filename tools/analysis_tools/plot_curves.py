@@ -30,7 +30,7 @@ def latest_log(work_dir: Path) -> Path:
     """The newest scalar log that mmengine's LocalVisBackend left under ``work_dir``."""
     # The folders are named by their time; those of tests have no scalars or none of training.
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    logs = [log for log in logs if '"loss"' in log.read_text()]
+    logs = [log for log in logs if '"loss"' in log.read_text(encoding='utf-8')]
     if not logs:
         raise SystemExit(f'no training log in {work_dir.absolute()}/*/vis_data/scalars.json')
     return logs[-1]
@@ -40,7 +40,7 @@ def read_curves(log: Path, metrics: list[str]) -> tuple[dict[str, Curve], dict[s
     """The losses over iterations and the metrics over the validations' steps."""
     losses: dict[str, Curve] = {}
     scores: dict[str, Curve] = {}
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding='utf-8').splitlines():
         record = json.loads(line)
         for key, value in record.items():
             name = key.removeprefix('coco/')

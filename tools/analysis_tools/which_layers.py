@@ -108,10 +108,10 @@ def main() -> None:
     config.load_from, config.resume = args.checkpoint, False
     runner = cli.build_runner(config)
     cli.require_odconv_layers(runner.model, args.config)
-    cli.require_weights(unwrapped(runner.model), args.checkpoint)
+    cli.require_weights(unwrapped(runner.model), cli.require_checkpoint(args.checkpoint))
     results = compare(runner, args.metric, args.keep_one)
     if is_main_process():
-        Path(args.out).write_text(json.dumps(results, indent=2) + '\n')
+        Path(args.out).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
         print(table(results))
         print(f'wrote {args.out}')
 

@@ -59,7 +59,6 @@ def main() -> None:
     args = parse_args()
     cli.require_packages('onnx', 'onnxruntime', 'onnxscript')
     config = cli.load_config(args.config, args.cfg_options)
-    cli.require_file(args.checkpoint, 'checkpoint')
     cli.require_new_file(args.out, args.force)
     paths = cli.find_images(args.images)[: args.limit] if args.images else []
     detector = cli.load_detector(config, args.checkpoint)

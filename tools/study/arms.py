@@ -1,4 +1,8 @@
-"""The arms of the study: what each changes in the config of a task."""
+"""The arms of the study: what each changes in the config of a task.
+
+Every arm can be trained at another learning rate: ``plain_rate4`` is ``plain`` at four times the
+rate of the task.
+"""
 
 from typing import Any
 
@@ -15,21 +19,14 @@ def dynamic(kernel_num: int, **odconv_cfg: Any) -> Options:
 
 
 def wide(channels: int) -> Options:
-    """The plain network with more channels in its first stage than 16, and in all that follow."""
+    """A network with so many channels in its first stage, and accordingly in those that follow."""
     return {
         'model.backbone.base_channels': channels,
         'model.neck.in_channels': [channels * 2**stage for stage in range(4)],
     }
 
 
-def rate(options: Options, factor: float) -> Options:
-    """With another learning rate than the task's 0.001."""
-    return {**options, 'optim_wrapper.optimizer.lr': 0.001 * factor}
-
-
 LN = dict(type='LN')
-
-
 BANK_RATE = 2.0  # what pretrained.py gives the banks, which start from static weights
 
 
@@ -57,12 +54,21 @@ def bank_rate(options: Options, factor: float) -> Options:
     return {**options, 'optim_wrapper.paramwise_cfg.bank_lr_mult': factor}
 
 
-# Whether an arm has the rate that suits it.
-RATES: dict[str, Options] = {
-    f'{arm}_rate{factor}': rate(options, factor)
-    for arm, options in (('plain', {}), ('od_k4_ln', dynamic(4, norm_cfg=LN)))
-    for factor in (2, 4)
+# The paper's initialisation, and its temperature from 30 to 1 in the first tenth of the schedule.
+PAPER: Options = {
+    **dynamic(4, attention_init='published'),
+    'custom_hooks': [dict(type='ODConvTemperatureHook', initial=30.0, anneal_iters=300)],
 }
+
+
+def attention_rate(options: Options, factor: float) -> Options:
+    """With another rate for the attentions, and no weight decay that would hold them at zero."""
+    return {
+        **options,
+        'optim_wrapper.constructor': 'ODConvOptimWrapperConstructor',
+        'optim_wrapper.paramwise_cfg': dict(attention_lr_mult=factor, attention_decay_mult=0.0),
+    }
+
 
 ARMS: dict[str, Options] = {
     'plain': {},
@@ -70,17 +76,20 @@ ARMS: dict[str, Options] = {
     'od_k4': dynamic(4),
     'od_k1_ln': dynamic(1, norm_cfg=LN),
     'od_k4_ln': dynamic(4, norm_cfg=LN),
+    'od_k4_paper': PAPER,
+    'od_k4_ln_attention10': attention_rate(dynamic(4, norm_cfg=LN), 10.0),
     'condconv_k4': dynamic(4, type='CondConv2d'),
     'condconv_k8': dynamic(8, type='CondConv2d'),
     'dyconv_k4': dynamic(4, type='DyConv2d'),
     'od_spatial': dynamic(1, attentions=('spatial',)),
     'od_channel': dynamic(1, attentions=('channel',)),
+    # Squeeze and excitation in front of each convolution: the channel attention, without a norm.
+    'se': dynamic(1, attentions=('channel',), norm_cfg=None),
     'od_filter': dynamic(1, attentions=('filter',)),
     'od_kernel': dynamic(4, attentions=('kernel',)),
     # As many multiply-adds, or as much time for a step, as od_k4: see docs/study.md.
     'plain_wide_madds': wide(17),
     'plain_wide_time': wide(22),
-    **RATES,
 }
 
 # Of the tasks that start from static weights.
@@ -93,5 +102,19 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4': dynamic(4),
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
-    **RATES,
 }
+
+# A harder task for the same backbone: with a light neck and head, and from stride 8 on, as most
+# detectors look. The backbone is then nearly all of the network, and small objects are difficult.
+LIGHT: Options = {
+    'model.neck.start_level': 1,
+    'model.neck.num_outs': 3,
+    'model.bbox_head.stacked_convs': 1,
+    'model.bbox_head.anchor_generator.octave_base_scale': 1.5,
+    'model.bbox_head.anchor_generator.strides': [8, 16, 32],
+}
+LIGHT_ARMS = {arm: {**LIGHT, **options} for arm, options in ARMS.items()}
+LIGHT_PRETRAINED_ARMS = {arm: {**LIGHT, **options} for arm, options in PRETRAINED_ARMS.items()}
+# The same with half the channels.
+NARROW_ARMS = {arm: {**wide(8), **options} for arm, options in LIGHT_ARMS.items()}
+NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}

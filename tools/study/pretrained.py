@@ -1,7 +1,6 @@
-"""The study's task from the weights of a classifier, made by configs/pretrain/od_r18_shapes.py.
+"""The study's task from the weights of the static classifier that classifier.py trains.
 
-PRETRAINED names the checkpoint: of the static classifier (``model.backbone.type=ResNet``), unless
-the arm is to start from an ODConv one.
+The environment variable PRETRAINED names its checkpoint.
 """
 
 _base_ = './shapes.py'
@@ -11,7 +10,7 @@ model = dict(
         init_cfg=dict(
             _delete_=True,
             type='Pretrained',
-            checkpoint='{{$PRETRAINED:work_dirs/od_r18_shapes/epoch_4.pth}}',
+            checkpoint='{{$PRETRAINED:work_dirs/classifier/epoch_4.pth}}',
             prefix='backbone.',
         )
     )

@@ -11,6 +11,7 @@ Example: python tools/study/run.py plain od_k4 --seeds 0 1 2
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, PRETRAINED_ARMS, Options
+from arms import (
+    ARMS,
+    LIGHT_ARMS,
+    LIGHT_PRETRAINED_ARMS,
+    NARROW_ARMS,
+    PRETRAINED_ARMS,
+    Options,
+)
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -34,8 +42,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
 TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'shapes': (STUDY / 'shapes.py', ARMS),
+    'light': (STUDY / 'shapes.py', LIGHT_ARMS),
+    'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
+    'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
     'small_batch': (STUDY / 'small_batch.py', PRETRAINED_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'
@@ -48,15 +59,24 @@ def arm_config(
     """The config of a run.
 
     Args:
-        arm (str): One of those of the task.
+        arm (str): One of those of the task, ``plain_rate4`` for ``plain`` at four times the task's
+            learning rate.
         seed (int): Seed of the weights' start and of the order of the data.
         options (dict, optional): Further changes, as of ``--cfg-options``. Default: None.
         task (str): One of ``TASKS``. Default: 'shapes'.
     """
     path, arms = TASKS[task]
+    name, factor = split_rate(arm)
     config = Config.fromfile(path)
-    config.merge_from_dict({**arms[arm], 'randomness': dict(seed=seed), **(options or {})})
+    config.merge_from_dict({**arms[name], 'randomness': dict(seed=seed), **(options or {})})
+    config.optim_wrapper.optimizer.lr *= factor
     return config
+
+
+def split_rate(arm: str) -> tuple[str, float]:
+    """The arm without its learning rate, and the rate relative to the task's."""
+    found = re.fullmatch(r'(.+?)_rate(\d+(?:\.\d+)?)', arm)
+    return (found[1], float(found[2])) if found else (arm, 1.0)
 
 
 def train(config: Config, work_dir: Path) -> None:
@@ -199,7 +219,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     for arm in args.arms:
-        if arm not in TASKS[args.task][1]:
+        if split_rate(arm)[0] not in TASKS[args.task][1]:
             parser.error(f'there is no arm {arm!r}; there are {", ".join(TASKS[args.task][1])}')
     args.work_dirs = args.work_dirs or ROOT / 'work_dirs/study' / args.task
     args.logs = args.logs or (LOGS if args.task == 'shapes' else LOGS / args.task)
@@ -233,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own += ['--task', args.task]
         folder = args.work_dirs / f'{arm}-{seed}'
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / 'output.txt').open('a') as output:
+        with (folder / 'output.txt').open('a', encoding='utf-8') as output:
             return subprocess.run(
                 [sys.executable, __file__, *own],
                 env={**os.environ, 'OMP_NUM_THREADS': '1'},

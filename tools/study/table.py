@@ -26,7 +26,15 @@ METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
 TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
 # The tables of a task stand between these two lines of the page. All tasks but the first have their
 # logs in a folder of their own.
-TASKS = ('shapes', 'pretrained', 'small_batch', 'deeppcb')
+TASKS = (
+    'shapes',
+    'light',
+    'narrow',
+    'pretrained',
+    'light_pretrained',
+    'small_batch',
+    'deeppcb',
+)
 START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
 Log = dict[str, Any]
 plt.rcParams['axes.prop_cycle'] = cycler(color=plt.get_cmap('tab20').colors)  # one for each arm
@@ -81,10 +89,50 @@ def differences(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
     head = ['arm', 'AP over `plain`', 'AP small over `plain`', f'`{ours}` over it, AP']
     rows = [head, ['---'] * len(head)]
     for arm in sorted(arms, key=lambda arm: statistics.mean(final(arms[arm], 'mAP'))):
-        pairs = [('mAP', arm, 'plain'), ('mAP_s', arm, 'plain'), ('mAP', ours, arm)]
-        gains = [over(arms, metric, a, b) if a != b else [] for metric, a, b in pairs]
-        rows.append([arm, *(spread(gain) if gain else '' for gain in gains)])
+        rows.append([arm, *_gains(arms, arm, ours)])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def best_rates(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
+    """A Markdown table of arms, each at that of its learning rates which gave the best AP.
+
+    Arms with a single rate are left out; if all have, the table is empty.
+    """
+    rates: dict[str, dict[float, list[Log]]] = {}
+    for name, logs in arms.items():
+        arm, _, rate = name.partition('_rate')
+        rates.setdefault(arm, {})[float(rate or 1)] = logs
+    rates = {arm: tried for arm, tried in rates.items() if len(tried) > 1}
+    mean = {
+        arm: {rate: statistics.mean(final(logs, 'mAP')) for rate, logs in tried.items()}
+        for arm, tried in rates.items()
+    }
+    best = {arm: max(means, key=means.__getitem__) for arm, means in mean.items()}
+    at_best = {arm: rates[arm][best[arm]] for arm in rates}
+    head = ['arm', 'AP at each rate', 'best rate', 'seeds', 'AP', 'AP over `plain`']
+    head += ['AP small over `plain`', f'`{ours}` over it, AP']
+    rows = [head, ['---'] * len(head)]
+    for arm in sorted(rates, key=lambda arm: mean[arm][best[arm]]):
+        tried = ', '.join(f'{rate:g}: {mean[arm][rate]:.1f}' for rate in sorted(rates[arm]))
+        logs = at_best[arm]
+        row = [arm, tried, f'{best[arm]:g}', str(len(logs)), spread(final(logs, 'mAP'))]
+        rows.append([*row, *_gains(at_best, arm, ours)])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows) if rates else ''
+
+
+def comparisons(arms: dict[str, list[Log]]) -> str:
+    """The arms at the task's own learning rate, and those of several rates at their best."""
+    own_rate = {name: logs for name, logs in arms.items() if '_rate' not in name}
+    ours = 'od_k4' if 'od_k4' in own_rate else 'od_k4_ln'
+    tables = (differences(own_rate, ours), best_rates(arms, ours))
+    return '\n'.join(table for table in tables if table)
+
+
+def _gains(arms: dict[str, list[Log]], arm: str, ours: str) -> list[str]:
+    """What ``arm`` gains over plain in AP and in AP of small objects, and ``ours`` over it."""
+    pairs = [('mAP', arm, 'plain'), ('mAP_s', arm, 'plain'), ('mAP', ours, arm)]
+    gains = [over(arms, metric, a, b) if a != b else [] for metric, a, b in pairs]
+    return [spread(gain) if gain else '' for gain in gains]
 
 
 def over(arms: dict[str, list[Log]], metric: str, arm: str, other: str) -> list[float]:
@@ -183,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task_name in TASKS:
         own = arms if task_name == TASKS[0] else read(args.logs / task_name)
         if own:
-            ours = 'od_k4' if 'od_k4' in own else 'od_k4_ln'
-            tables = f'{table(own)}\n{differences(own, ours)}'
+            tables = f'{table(own)}\n{comparisons(own)}'
             page = _put(tables, START.format(task_name), page)
             print(task_name, tables, sep='\n\n')
     if page:
