@@ -95,7 +95,7 @@ def test_a_run_that_saves_within_its_epochs_goes_on_from_there(tmp_path):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     assert InChild(train, whole, **options).wait() == 0
     assert InChild(train, parts, **options, hooks=[KillAt(8)]).wait() == -signal.SIGKILL
-    assert latest_checkpoint(str(parts)) == str(parts / 'iter_6.pth')
+    assert latest_checkpoint(str(parts)).path == str(parts / 'iter_6.pth')
     assert InChild(train, parts, **options, resume=True).wait() == 0
     states = [weights_of(folder / f'iter_{3 * BATCHES}.pth') for folder in (parts, whole)]
     assert_equal_bit_for_bit(*states)
