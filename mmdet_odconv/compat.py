@@ -140,7 +140,7 @@ def keep_safe_mode() -> None:
     from mmengine.runner import checkpoint
 
     if hasattr(checkpoint, '_safe_torch_load'):
-        checkpoint._safe_torch_load = torch.load
+        checkpoint._safe_torch_load = load_weights
 
 
 def add_safe_globals(allowed: Sequence[Any]) -> None:

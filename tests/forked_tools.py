@@ -7,6 +7,7 @@ import sys
 from functools import partial
 
 import torch
+from mmdet.utils import register_all_modules
 
 from tests.conftest import ROOT
 from tests.test_tools.test_train_and_test import CONFIG, SMALL
@@ -50,6 +51,14 @@ class Tools:
             f'_base_ = {str(ROOT / CONFIG)!r}\n'
             "custom_hooks = [dict(type='ODConvTemperatureHook', anneal_iters=20)]\n"
         )
+
+    @classmethod
+    def with_images(cls, root, train, val):
+        """The tools, once so many images have been made in the folder."""
+        register_all_modules(init_default_scope=False)
+        tools = cls(root, root / 'shapes')
+        tools.make_images(train, val)
+        return tools
 
     def make_images(self, train, val):
         numbers = ['--train', train, '--val', val, '--size', 64, 64]

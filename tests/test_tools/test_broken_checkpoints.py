@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from tests.conftest import ROOT
@@ -18,15 +17,12 @@ from tests.test_tools.test_train_and_test import CONFIG
 @pytest.fixture(scope='module')
 def tools(tmp_path_factory):
     """A few images, and a detector as it is built in ``whole.pth``."""
-    register_all_modules(init_default_scope=False)
-    root = tmp_path_factory.mktemp('broken')
-    tools = Tools(root, root / 'shapes')
-    tools.make_images(train=2, val=2)
+    tools = Tools.with_images(tmp_path_factory.mktemp('broken'), train=2, val=2)
     model = Config.fromfile(ROOT / CONFIG).model
     model.backbone.base_channels = 8
     model.neck.in_channels = [8, 16, 32, 64]
-    state_dict = MODELS.build(model).state_dict()
-    torch.save(dict(meta=dict(epoch=1, iter=1), state_dict=state_dict), root / 'whole.pth')
+    content = dict(meta=dict(epoch=1, iter=1), state_dict=MODELS.build(model).state_dict())
+    torch.save(content, tools.root / 'whole.pth')
     return tools
 
 

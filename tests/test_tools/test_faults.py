@@ -10,7 +10,6 @@ import threading
 import pytest
 import torch
 from mmdet.registry import DATASETS
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -39,11 +38,8 @@ class DisturbHook(Hook):
 @pytest.fixture(scope='module')
 def tools(tmp_path_factory):
     """Twelve images, and a run on them that nothing disturbs in its folder ``whole``."""
-    register_all_modules(init_default_scope=False)
-    root = tmp_path_factory.mktemp('faults')
-    tools = Tools(root, root / 'shapes')
-    tools.make_images(train=12, val=4)
-    assert tools.train(root / 'whole') == 0, tools.log()[-3000:]
+    tools = Tools.with_images(tmp_path_factory.mktemp('faults'), train=12, val=4)
+    assert tools.train(tools.root / 'whole') == 0, tools.log()[-3000:]
     return tools
 
 
