@@ -61,7 +61,7 @@ def in_processes(world_size, function, folder):
 def small(name, **head):
     """The detector of a config, smaller, with a frozen stage and activation checkpointing."""
     register_all_modules()
-    hub = MessageHub.get_instance('tests')
+    hub = MessageHub.get_current_instance()
     hub.update_info('epoch', 0)
     hub.update_info('iter', 0)
     config = Config.fromfile(ROOT / f'configs/odconv/{name}.py').model

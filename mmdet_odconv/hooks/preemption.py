@@ -118,10 +118,11 @@ class PreemptionHook(Hook):
 def _defer_sigterm(then: Callable[[int], None] | None, training: Any, worker_id: int) -> None:
     """Start a worker process that goes on after SIGTERM while ``training.value`` is not 0."""
 
-    def receive(*args: object) -> None:
+    def end_after_training(*args: object) -> None:
         if not training.value:
             os._exit(0)  # as PyTorch's workers do; any other end is an error to the main process
 
-    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGTERM, end_after_training)
+    end_after_training()  # a signal before this has had no effect
     if then is not None:
         then(worker_id)

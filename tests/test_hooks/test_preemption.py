@@ -1,5 +1,7 @@
 import os
 import signal
+import time
+from unittest import mock
 
 import pytest
 import torch
@@ -116,6 +118,24 @@ def test_workers_end_with_a_training_that_an_image_has_ended(tmp_path):
     """Here in a process that multiprocessing started, as sweeps of settings start theirs."""
     child = InChild(failing, tmp_path)
     child.process.join(120)
+    ended = child.process.exitcode
+    child.process.kill()
+    assert ended == 1
+
+
+def no_order(self):
+    raise ZeroDivisionError
+
+
+def failing_at_once(work_dir):
+    os.register_at_fork(after_in_child=lambda: time.sleep(1))  # workers that start slowly
+    with mock.patch('mmengine.dataset.DefaultSampler.__iter__', no_order):
+        train(work_dir, num_workers=2)
+
+
+def test_workers_that_still_start_end_with_a_training_that_has_failed(tmp_path):
+    child = InChild(failing_at_once, tmp_path)
+    child.process.join(60)
     ended = child.process.exitcode
     child.process.kill()
     assert ended == 1
