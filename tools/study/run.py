@@ -28,6 +28,7 @@ from arms import (
     LIGHT_PRETRAINED_ARMS,
     NARROW_ARMS,
     PRETRAINED_ARMS,
+    SMALL_BATCH_ARMS,
     Options,
 )
 from mmdet.registry import MODELS
@@ -47,7 +48,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
-    'small_batch': (STUDY / 'small_batch.py', PRETRAINED_ARMS),
+    'small_batch': (STUDY / 'small_batch.py', SMALL_BATCH_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
