@@ -73,12 +73,17 @@ class RunningNorm(nn.Module):
         return out.view_as(x)
 
     def _update(self, h: Tensor) -> None:
-        self.num_batches_tracked += 1
-        # Without .item(), for which a GPU would wait.
-        share = torch.clamp(1 / self.num_batches_tracked, min=self.momentum)
-        self.running_mean.lerp_(h.mean(0), share.to(h.dtype))
-        deviation = (h - self.running_mean).square().mean(0)
-        self.running_var.lerp_(deviation, share.to(h.dtype))
+        # New tensors: compiled code may compute parts of the forward pass again in the backward
+        # pass, from statistics that must not have changed since.
+        n = self.num_batches_tracked + 1
+        mean = self.running_mean.lerp(h.mean(0), self._share(1 / n))
+        # The first variance, 1, counts as a batch: that of a single sample is 0.
+        deviation = (h - mean).square().mean(0)
+        self.running_var = self.running_var.lerp(deviation, self._share(1 / (n + 1)))
+        self.running_mean, self.num_batches_tracked = mean, n
+
+    def _share(self, share: Tensor) -> Tensor:
+        return share.clamp(min=self.momentum).to(self.running_mean)
 
     def extra_repr(self) -> str:
         return f'{self.num_features}, eps={self.eps}, momentum={self.momentum}'

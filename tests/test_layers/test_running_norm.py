@@ -1,5 +1,6 @@
 """RunningNorm against a BatchNorm in evaluation mode, and against statistics taken by hand."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_odconv import ODConv2d, ODResNet
+from mmdet_odconv.compat import COMPILED_OPERATOR
 from mmdet_odconv.layers import RunningNorm
 
 CFG = dict(type='RunningNorm')
@@ -15,9 +17,7 @@ CFG = dict(type='RunningNorm')
 def batches(count, size, channels=3):
     generator = torch.Generator().manual_seed(0)
     scale = torch.arange(1.0, channels + 1)
-    return [
-        torch.randn(size, channels, generator=generator) * scale - scale for _ in range(count)
-    ]
+    return [torch.randn(size, channels, generator=generator) * scale - scale for _ in range(count)]
 
 
 def test_evaluation_is_that_of_a_batch_norm():
@@ -76,3 +76,27 @@ def test_norm_eval_holds_the_backbone_and_not_the_attentions():
     backbone(torch.randn(2, 3, 32, 32))
     assert backbone.layer2[0].bn1.num_batches_tracked == 0
     assert backbone.layer2[0].conv1.attention.bn.num_batches_tracked == 1
+
+
+@pytest.mark.skipif(not COMPILED_OPERATOR, reason='the operator is registered from torch 2.7 on')
+def test_compiles_as_one_graph_with_the_same_gradients_and_statistics():
+    torch._dynamo.reset()
+    eager = ODConv2d(4, 6, 3, norm_cfg=CFG, attention_init='published')
+    layer = copy.deepcopy(eager)
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    for x in torch.randn(3, 2, 4, 6, 6):
+        eager(x).square().sum().backward()
+        compiled(x).square().sum().backward()
+    for one, other in zip(eager.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
+    torch._dynamo.reset()
+
+
+def test_takes_the_weights_of_a_layer_with_a_batch_norm():
+    published = ODConv2d(4, 6, 3, attention_init='published')
+    published(torch.randn(8, 4, 5, 5))
+    layer = ODConv2d(4, 6, 3, norm_cfg=CFG)
+    layer.load_state_dict(published.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(layer.eval()(x), published.eval()(x))

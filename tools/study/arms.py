@@ -121,7 +121,7 @@ LIGHT: Options = {
 LIGHT_ARMS = {arm: {**LIGHT, **options} for arm, options in ARMS.items()}
 LIGHT_PRETRAINED_ARMS = {arm: {**LIGHT, **options} for arm, options in PRETRAINED_ARMS.items()}
 SMALL_BATCH_ARMS = {
-    arm: {**options, 'optim_wrapper.optimizer.lr': 0.001}
+    arm: {**options, 'optim_wrapper.optimizer.lr': 0.002}
     for arm, options in LIGHT_PRETRAINED_ARMS.items()
 }
 # The same with half the channels.
