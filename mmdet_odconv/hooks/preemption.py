@@ -63,10 +63,12 @@ class PreemptionHook(Hook):
         # started, as torch.multiprocessing.spawn does, calls no function of atexit.
         self._training = multiprocessing.RawValue('b', 1)
         self._end = multiprocessing.util.Finalize(None, self._end_of_training, exitpriority=0)
-        loader = runner.train_loop.dataloader
-        loader.worker_init_fn = functools.partial(
-            _defer_sigterm, loader.worker_init_fn, self._training
-        )
+        for loop in (runner.train_loop, runner.val_loop):
+            if loop is not None:
+                loader = loop.dataloader
+                loader.worker_init_fn = functools.partial(
+                    _defer_sigterm, loader.worker_init_fn, self._training
+                )
 
     def _end_of_training(self) -> None:
         self._training.value = 0

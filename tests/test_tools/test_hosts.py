@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 EPOCHS, BATCHES = 3, 3
 # Seconds that a process waits for the others: also while they import MMDetection.
-PATIENCE = 60
+PATIENCE = 120
 ADDRESSES = '10.213.77.1', '10.213.77.2'
 
 
