@@ -56,6 +56,7 @@ class PreemptionHook(Hook):
             )
         self._checkpoints = found[0]
         if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         # Slurm, for one, signals all processes of a job, and without its workers an iteration
         # cannot be finished. When a process ends, also by an error, Python ends workers that are
@@ -91,7 +92,12 @@ class PreemptionHook(Hook):
         if self._anywhere(runner):
             self._stop(runner, runner.iter)
 
-    def _receive(self, *args: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:
+            # Forked from the training since. Python ends such processes so, and waits for their end.
+            signal.signal(number, self._previous)
+            os.kill(os.getpid(), number)
+            return
         self._received = True
         print_log('SIGTERM: the training stops after this iteration', logger='current')
 

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -141,6 +142,22 @@ def failing_at_once(work_dir):
 
 def test_workers_that_still_start_end_with_a_training_that_has_failed(tmp_path):
     assert InChild(failing_at_once, tmp_path).wait() == 1
+
+
+class StartsHelper(Hook):
+    """Starts a process that Python ends by SIGTERM when the training's ends."""
+
+    def before_train_epoch(self, runner):
+        sleep = dict(target=time.sleep, args=(10_000,), daemon=True)
+        multiprocessing.get_context('fork').Process(**sleep).start()
+
+
+def train_with_helper(work_dir):
+    runner(work_dir, epochs=1, hooks=[dict(type='PreemptionHook'), StartsHelper()]).train()
+
+
+def test_other_processes_end_by_sigterm(tmp_path):
+    assert InChild(train_with_helper, tmp_path).wait() == 0
 
 
 def test_an_epoch_of_another_length_starts_anew(tmp_path):
