@@ -94,7 +94,7 @@ class PreemptionHook(Hook):
 
     def _receive(self, number: int, frame: object) -> None:
         if os.getpid() != self._process:
-            # Forked from the training since. Python ends such processes so, and waits for their end.
+            # A process that was forked since, which Python ends so, and waits for.
             signal.signal(number, self._previous)
             os.kill(os.getpid(), number)
             return

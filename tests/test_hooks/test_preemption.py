@@ -96,23 +96,20 @@ def test_a_run_by_iterations(tmp_path):
     assert_equal_bit_for_bit(weights_of(parts / 'iter_10.pth'), weights_of(whole / 'iter_10.pth'))
 
 
-def test_a_signal_to_the_workers_too(tmp_path):
+@pytest.mark.parametrize(
+    ('moment', 'iteration', 'done'),
+    [('before_train_iter', 6, 7), ('before_val_iter', BATCHES, BATCHES)],
+)
+def test_a_signal_to_the_workers_too(tmp_path, moment, iteration, done):
     """Slurm signals every process of a job; workers that died would end the iteration."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     options = dict(num_workers=2, epochs=2)
     assert InChild(train, whole, **options).wait() == 0
-    child = InChild(train, parts, signal_at=('before_train_iter', 6), group=True, **options)
+    child = InChild(train, parts, signal_at=(moment, iteration), group=True, **options)
     assert child.wait() == 99
+    assert latest_checkpoint(str(parts)).meta['iter'] == done
     assert InChild(train, parts, resume=True, **options).wait() == 0
     assert_equal_bit_for_bit(weights_of(parts / 'epoch_2.pth'), weights_of(whole / 'epoch_2.pth'))
-
-
-def test_a_signal_to_the_workers_of_the_validation(tmp_path):
-    """The run ends with the status for schedulers, and not with an error about a lost worker."""
-    options = dict(num_workers=2, epochs=2, group=True)
-    child = InChild(train, tmp_path, signal_at=('before_val_iter', BATCHES), **options)
-    assert child.wait() == 99
-    assert latest_checkpoint(str(tmp_path)).meta['iter'] == BATCHES
 
 
 def test_workers_that_persist_end_with_the_training(tmp_path):
