@@ -151,7 +151,7 @@ def test_a_host_without_network_ends_the_run_which_goes_on_later(hosts, tmp_path
 
 
 def test_a_killed_host_joins_again_while_the_other_waits(hosts, tmp_path):
-    """torchrun's own restart, as docs/training.md has it."""
+    """torchrun's own restart, as docs/distributed.md has it."""
 
     def start(rank, cut_off=''):
         config, *options = hosts.arguments
