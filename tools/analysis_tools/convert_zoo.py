@@ -62,11 +62,11 @@ without its stem and its 1×1 shortcuts. `tests/test_conversion/test_zoo.py` con
 trains it for a step, tests it, saves it and loads it. A Swin transformer has no convolution but its
 patch embedding, so that was converted, by `include='patch_embed'`.
 
-The parameters are those of the whole detector. The MAdds are those of its backbone and neck, because
+The parameters are those of the whole detector. The MAdds are those of backbone and neck, because
 the head does not change, on one image of {size}×{size} pixels. They are counted by MMEngine's
-`FlopAnalyzer`: products in convolutions, in norms and in matrix products, such as the mixing of the
-kernel banks, but no element-wise products. For K = 4 and 224×224 pixels, the paper's figures say that
-ODConv adds more than this way of counting does. A backbone has no classifier here:
+`FlopAnalyzer`: products in convolutions, in norms and in matrix products, such as the mixing of
+the kernel banks, but no element-wise products. For K = 4 and 224×224 pixels, the paper's figures
+say that ODConv adds more than this way of counting does. A backbone has no classifier here:
 
 | backbone | paper, plain → ODConv | this way of counting |
 |---|---|---|
