@@ -282,7 +282,7 @@ def build_runner(config: Config) -> Runner:
     """The runner that the config asks for.
 
     Raises:
-        SystemExit: The work folder cannot be written, the config names what there is not
+        SystemExit: The work folder cannot be written, the config has a mistake
             (:func:`mistakes_in_one_sentence`), or there are several processes on this machine
             without a GPU, and the config does not say that they use CPUs.
     """
@@ -382,7 +382,7 @@ def positive(text: str) -> int:
 def require_file(path: str, what: str) -> None:
     """End the program unless ``path`` is a file, or lies elsewhere than on this disk.
 
-    A checkpoint of DeepSpeed is a folder, of which the message says how to make a file.
+    A checkpoint of DeepSpeed is a folder, and the message says how to make a file from it.
 
     Args:
         path (str): A path; one with a scheme (``https://``, ``torchvision://``, ``s3://``) is
@@ -636,8 +636,8 @@ def find_images(path: str) -> list[Path]:
     """The image ``path``, or those in the folder ``path``, in the order of their names.
 
     Raises:
-        SystemExit: There is no such file, no image in the folder, or a file that is none: a
-            single one is decoded, of those in a folder the first bytes are read.
+        SystemExit: There is no such file, no image in the folder, or a file that is not an image.
+            A single file is decoded; of the files in a folder the first bytes are read.
     """
     if not Path(path).is_dir():
         require_file(path, 'image')

@@ -55,8 +55,8 @@ def export_dense_network(
         shape (tuple[int, int]): Height and width of the example; the file takes others too.
 
     Raises:
-        ValueError: The detector is not a single-stage one, or it has an operation that ONNX
-            lacks.
+        ValueError: The detector is not a single-stage detector, or it has an operation that ONNX
+            does not have.
     """
     import onnx
 
