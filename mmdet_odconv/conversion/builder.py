@@ -74,7 +74,7 @@ def build_odconv_model(
         if not isinstance(detector, str) or _has_detector_field(detector):
             raise ConversionError(
                 f'{detector if isinstance(detector, str) else "this model"} has a field '
-                "'detector' of its own, whose place detector=... of ODConvModel would take; "
+                "'detector' of its own, which detector=... of ODConvModel would hide; "
                 "wrap the whole config instead: model=dict(_delete_=True, type='ODConvModel', "
                 'model={{_base_.model}}, odconv=...)'
             )

@@ -109,7 +109,7 @@ class PreemptionHook(Hook):
         barrier()  # a launcher that sees one process end may kill the one that still saves
         print_log(
             f'SIGTERM: stopped and saved after {iterations} iterations; --resume goes on from '
-            f'there, and exit status {self.exit_code} asks the scheduler to',
+            f'there, and exit status {self.exit_code} asks the scheduler to start the job again',
             logger='current',
             level=logging.WARNING,
         )

@@ -81,12 +81,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('images', help='folder of images')
     parser.add_argument('--out-dir', default='outputs/attention', help='folder for the page')
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='least score that counts')
+    parser.add_argument(
+        '--score-thr', type=float, default=0.3, help='lowest score of a detection that counts'
+    )
     parser.add_argument(
         '--limit',
         type=cli.positive,
         default=32,
-        help='only so many images of the folder (default: 32)',
+        help='use only the first images of the folder, at most this number (default: 32)',
     )
     cli.add_config_options(parser)
     return parser.parse_args()
@@ -430,7 +432,7 @@ def main() -> None:
     paths = cli.find_images(args.images)[: args.limit]
     if len(paths) < 2:
         raise SystemExit(
-            f'{args.images}: the spread over images takes at least two of them, got {len(paths)}'
+            f'{args.images}: the spread over images needs at least two of them, got {len(paths)}'
         )
     config = cli.load_config(args.config, args.cfg_options)
     model = cli.load_detector(config, args.checkpoint, args.device, odconv=True)
