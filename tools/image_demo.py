@@ -45,7 +45,7 @@ def main() -> None:
     if not isinstance(palette, str) and len(palette) < len(classes):
         # The palette is that of the config's test data set, which may have other classes.
         model.dataset_meta['palette'] = 'random'
-    visualizer = VISUALIZERS.build(config.visualizer)
+    visualizer = VISUALIZERS.build(dict(config.visualizer, vis_backends=None))
     visualizer.dataset_meta = model.dataset_meta
 
     out_dir = Path(args.out_dir)

@@ -114,7 +114,7 @@ def look(
     model: nn.Module, config: Config, paths: list[Path], score_thr: float
 ) -> tuple[list[Picture], list[Layer]]:
     """Detect in each image, and record the attentions of each layer that is used."""
-    visualizer = VISUALIZERS.build(config.visualizer)
+    visualizer = VISUALIZERS.build(dict(config.visualizer, vis_backends=None))
     classes = model.dataset_meta['classes']
     # The config's palette is that of its data set, which can have fewer classes.
     visualizer.dataset_meta = dict(classes=classes, palette='random')
@@ -385,7 +385,7 @@ thead tr:first-child th:nth-child(2) { text-align: left; }
 <main id="top">
 <h1>$sentence</h1>
 <p>A layer is dynamic if one of its attentions has a standard deviation over the images of at least
-$least. Cells below that are coloured.</p>
+$least. Smaller values are in coloured cells.</p>
 <div class="wide"><table>
 <thead><tr><th rowspan="2">no.</th><th rowspan="2">layer</th>
 <th colspan="4">standard deviation of</th>
