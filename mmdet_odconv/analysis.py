@@ -23,22 +23,22 @@ SATURATED = 0.01
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """The statistics of one layer, each by the names of the attentions that the layer has.
+    """The statistics of one layer; those of each attention are under the attention's name.
 
-    A sample is one image in most layers. A layer that a head applies to several maps of an image,
-    or to regions, has a sample for each of them.
+    In most layers a sample is one image. If a head applies a layer to several maps of an image, or
+    to regions, each of them is a sample.
 
     Attributes:
         name (str): Name of the layer in the model.
-        samples (int): How many samples the statistics are of.
-        std (dict[str, float]): Standard deviation over the samples, mean over the channels (over
-            the positions of 'spatial', the kernels of 'kernel').
+        samples (int): The number of samples.
+        std (dict[str, float]): Standard deviation over the samples, averaged over the channels
+            (for 'spatial' over the positions, for 'kernel' over the kernels).
         saturated (dict[str, float]): Share of the values within :data:`SATURATED` of 0 or 1.
         head_weight (dict[str, float]): Mean absolute weight of the head that makes the attention.
             It is 0 at the 'zero' start.
-        kernel_entropy (float, optional): Entropy of the kernel attention over log K, mean over the
-            samples: 1 where all kernels count the same, 0 where one kernel is taken alone. None
-            without a kernel attention.
+        kernel_entropy (float, optional): Entropy of the kernel attention divided by log K,
+            averaged over the samples: 1 if all kernels have the same weight, 0 if a single kernel
+            is used. None without a kernel attention.
         kernel_similarity (float, optional): Mean cosine between two kernels of the bank. None
             for a single kernel, or for weights that a sharded model keeps elsewhere.
     """
@@ -65,7 +65,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def odconv_layers(model: nn.Module) -> dict[str, _ODConvNd]:
-    """The ODConv, CondConv and DyConv layers of a model by name, wrappers (DDP) left out.
+    """The ODConv, CondConv and DyConv layers of a model by name, without the names of wrappers.
 
     Raises:
         ValueError: The model has none.
@@ -82,15 +82,16 @@ def attention_statistics(
     batches: Iterable[Any],
     forward: Callable[[Any], Any] | None = None,
 ) -> list[AttentionStatistics]:
-    """The statistics of each ODConv layer of a model over some images.
+    """Compute the statistics of each ODConv layer of a model over some images.
 
-    The model is in evaluation mode meanwhile. For a detector and the test data of its runner::
+    The model is put into evaluation mode for this. For a detector and the test data of its
+    runner::
 
         attention_statistics(runner.model, runner.test_dataloader, runner.model.test_step)
 
     Args:
         model (nn.Module): Any model with ODConv layers.
-        batches (Iterable): What ``forward`` takes, one after the other.
+        batches (Iterable): The inputs of ``forward``, one for each call.
         forward (Callable, optional): Runs the model on one of them. Default: the model itself.
 
     Returns:
@@ -118,8 +119,8 @@ class AttentionMeter:
     """Sums up the attentions of each ODConv layer of a model while it is open.
 
     Use it as a context, or with :meth:`open` and :meth:`close`. It keeps sums on the CPU and
-    nothing of the graph, so training goes on as without it. What it counts does not depend on how
-    the images were put into batches.
+    nothing of the graph, so it does not change the training. The results do not depend on how the
+    images are put into batches.
 
     Args:
         model (nn.Module): A model, wrapped (DDP) or not.
@@ -244,19 +245,19 @@ def static_attentions(
 
 
 def share_by_class(values: Tensor, classes: Sequence[str]) -> float | None:
-    """How much of the variance of an attention goes with the class of the image.
+    """How much of the variance of an attention is explained by the class of the image.
 
-    It is the variance between the means of the classes over all of the variance, corrected for
-    what as many random groups would have (ε² of an analysis of variance).
+    It is the variance between the means of the classes divided by the whole variance, corrected
+    for what the same number of random groups would have (ε² of an analysis of variance).
 
     Args:
         values (Tensor): The attention of each image, shape (N, n).
         classes (Sequence[str]): The class of each image.
 
     Returns:
-        float, optional: 1 where the images of a class have the same attention, about 0 (it may be
-        negative) where the class does not matter. None where it cannot be told: of a single
-        class, of fewer than two images a class on average, or of attentions that do not vary.
+        float, optional: 1 if all images of a class have the same attention, about 0 (it may be
+        negative) if the class does not matter. None if it cannot be computed: there is a single
+        class, there are fewer than two images a class on average, or the attention does not vary.
     """
     number, groups = len(classes), len(set(classes))
     total = (values - values.mean(0)).square().sum()

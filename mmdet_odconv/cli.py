@@ -4,6 +4,7 @@ A user's mistake (a path, a name, a value) ends a tool with one sentence and exi
 """
 
 import argparse
+import ast
 import difflib
 import inspect
 import json
@@ -91,8 +92,8 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
 
     Raises:
         SystemExit: There is no such file (the message names near ones), a base of it or the
-            package of a base is missing, it does not run as Python, or an override does not fit
-            the config or is nearly one of its keys.
+            package of a base is missing, it does not run as Python, it misspells a key, or an
+            override does not fit the config or is nearly one of its keys.
     """
     require_file(path, 'config')
     try:
@@ -104,6 +105,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         raise SystemExit(message) from error
     except Exception as error:  # a config is a program, with the errors of any
         raise SystemExit(f'{path}: {type(error).__name__}: {error}') from error
+    _require_no_misspelt_key(path)
     if options:
         for option in options:
             _require_no_near_key(config, option, path)
@@ -114,13 +116,37 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     return config
 
 
+def _runner_keys() -> set[str]:
+    """The keys of a config that a runner reads."""
+    return {*inspect.signature(Runner.__init__).parameters, 'custom_imports', 'model_wrapper_cfg'}
+
+
+def _require_no_misspelt_key(path: str) -> None:
+    """End the program if a config sets a name that nothing reads and that is nearly a key.
+
+    MMEngine keeps such a name, and the training goes on with the default of the right key.
+    """
+    if not path.endswith('.py') or '://' in path:
+        return
+    tree = ast.parse(Path(path).expanduser().read_bytes())
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    known = _runner_keys() | {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    for name in names:
+        near = difflib.get_close_matches(name.id, _runner_keys(), n=1, cutoff=0.85)
+        if name.id not in known and near:
+            raise SystemExit(
+                f'{path}, line {name.lineno}: no part of a training reads {name.id!r}; is it '
+                f'{near[0]}?'
+            )
+
+
 def _require_no_near_key(config: Config, option: str, path: str) -> None:
     """End the program if an override would add a key beside one of nearly its name.
 
     MMEngine adds it, and most parts that would read the right key go on without it.
     """
     node: Any = config._cfg_dict
-    known = {*node, *inspect.signature(Runner.__init__).parameters}
+    known = {*node, *_runner_keys()}
     for i, key in enumerate(keys := option.split('.')):
         if not isinstance(node, dict):
             return
@@ -134,17 +160,19 @@ def _require_no_near_key(config: Config, option: str, path: str) -> None:
 
 @contextmanager
 def mistakes_in_one_sentence(config: Config) -> Iterator[None]:
-    """End the program with one sentence where a config names what there is not.
+    """End the program with one sentence where an error comes from a mistake in the config.
 
     The sentence takes the place of what MMEngine's builders raise about types, arguments and
-    values. All other errors pass.
+    values, and of what the parts of a model raise that do not fit each other. All other errors
+    pass.
 
     Args:
         config (Config): The config that is built from.
 
     Raises:
-        SystemExit: A type or an argument does not exist, or a value is refused; the message has
-            the name, and near ones.
+        SystemExit: A type or an argument does not exist, a value is refused, or a part of the
+            model gets channels or maps that it was not built for. The message has the name, and
+            near ones.
     """
     try:
         yield
@@ -152,8 +180,8 @@ def mistakes_in_one_sentence(config: Config) -> Iterator[None]:
         raise SystemExit(f'model.odconv: {error}') from error
     except ArgumentError as error:
         raise SystemExit(f'the ODConv layers of the config: {error}') from error
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        message = _mistake(error, config)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        message = _mistake(error, config) or _misfit(error)
         if message is None:
             raise
         raise SystemExit(f'{config.filename}: {message}') from error
@@ -180,6 +208,30 @@ def _mistake(error: Exception, config: Config) -> str | None:
     of_library = Path(mmengine.__path__[0]).parent in Path(frames[-1].filename).parents
     if of_library and any(frame.name in ('build_from_cfg', 'build_dataloader') for frame in frames):
         return f'{text[:1].lower()}{text[1:]}' if isinstance(error, AssertionError) else text
+    return None
+
+
+def _misfit(error: Exception) -> str | None:
+    """What a part of a model says about its input; None if the error has another cause."""
+    text = str(error.args[0] if error.args else '')
+    channels = re.search(r'to have (\d+) channels, but got (\d+)', text) or re.search(
+        r'expects (\d+) input channels, got (\d+)', text
+    )
+    frames = list(traceback.walk_tb(error.__traceback__))
+    parts = [frame.f_locals.get('self') for frame, _ in frames]
+    modules = [part for part in parts if isinstance(part, nn.Module) and '_modules' in vars(part)]
+    if not modules:
+        return None
+    names = {id(module): name for name, module in modules[0].named_modules()}
+    name = f'model.{names.get(id(modules[-1]), "")}'.replace('model.module.', 'model.').rstrip('.')
+    if channels:
+        return (
+            f'{name} takes {channels[1]} channels, but its input has {channels[2]}; check the '
+            f'in_channels of {".".join(name.split(".")[:2])}'
+        )
+    if isinstance(error, AssertionError) and not text:
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        return f'{type(modules[-1]).__name__} refuses what it is given: {line}'
     return None
 
 
@@ -230,7 +282,7 @@ def build_runner(config: Config) -> Runner:
     """The runner that the config asks for.
 
     Raises:
-        SystemExit: The work folder cannot be written, the config names what there is not
+        SystemExit: The work folder cannot be written, the config has a mistake
             (:func:`mistakes_in_one_sentence`), or there are several processes on this machine
             without a GPU, and the config does not say that they use CPUs.
     """
@@ -330,7 +382,7 @@ def positive(text: str) -> int:
 def require_file(path: str, what: str) -> None:
     """End the program unless ``path`` is a file, or lies elsewhere than on this disk.
 
-    A checkpoint of DeepSpeed is a folder, of which the message says how to make a file.
+    A checkpoint of DeepSpeed is a folder, and the message says how to make a file from it.
 
     Args:
         path (str): A path; one with a scheme (``https://``, ``torchvision://``, ``s3://``) is
@@ -584,8 +636,8 @@ def find_images(path: str) -> list[Path]:
     """The image ``path``, or those in the folder ``path``, in the order of their names.
 
     Raises:
-        SystemExit: There is no such file, no image in the folder, or a file that is none: a
-            single one is decoded, of those in a folder the first bytes are read.
+        SystemExit: There is no such file, no image in the folder, or a file that is not an image.
+            A single file is decoded; of the files in a folder the first bytes are read.
     """
     if not Path(path).is_dir():
         require_file(path, 'image')

@@ -50,9 +50,9 @@ class Complexity(NamedTuple):
 def count_complexity(model: nn.Module, *inputs: Tensor, **others: Any) -> dict[str, Complexity]:
     """Count what one forward pass costs, module by module.
 
-    A multiplication and the addition of its result are one. Norms, activations, resizing, the
-    average before an attention and products with single factors (c ⊙ x, s ⊙ W, f ⊙ y) are not
-    counted.
+    A multiplication and the addition of its result are counted as one operation. Norms,
+    activations, resizing, the average before an attention and products with single factors
+    (c ⊙ x, s ⊙ W, f ⊙ y) are not counted.
 
     Args:
         model (nn.Module): A model, which is traced in eval mode.

@@ -142,8 +142,8 @@ def _classes(key: str, dataset: Any) -> list[str] | None:
     if isinstance(classes, str):
         if not os.path.isfile(classes):
             raise SystemExit(
-                f'{key}.metainfo.classes is the text {classes!r}, which is no file with a class on '
-                f"each line; for a single class write ('{classes}',) with its comma"
+                f'{key}.metainfo.classes is the text {classes!r}, and there is no such file with a '
+                f"class on each line; for a single class write ('{classes}',) with its comma"
             )
         classes = Path(classes).read_text(encoding='utf-8').splitlines()
     return None if classes is None else list(classes)

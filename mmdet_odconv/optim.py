@@ -20,20 +20,21 @@ _OWN = ('attention_lr_mult', 'attention_decay_mult', 'bank_lr_mult')
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class ODConvOptimWrapperConstructor:
-    """Gives the parts of ODConv layers rates of their own, on top of another constructor.
+    """Sets the learning rates of the attentions and banks of ODConv layers.
 
-    The layers are found by their class. The other constructor sets the rates and decays of all
-    parameters first, by its own rules. Then, in each ODConv layer,
+    First, another constructor sets the rates and decays of all parameters by its own rules. This
+    constructor then finds the ODConv layers by their class and changes these:
 
-    - the attention gets the bank's rate times ``attention_lr_mult``, its biases too: a
-      ``bias_lr_mult`` made for the biases of a head does not come on top. Its decays, which for
-      biases and norms may be special, are multiplied by ``attention_decay_mult``;
-    - the bank's rate is multiplied by ``bank_lr_mult``, and its decay divided by it, so that the
-      two keep their balance;
-    - the bank of a depthwise layer gets ``dwconv_decay_mult``, as a plain depthwise convolution.
+    - The attention gets the bank's rate times ``attention_lr_mult``. This holds for its biases,
+      too: a ``bias_lr_mult``, which is meant for the biases of a head, does not apply to them. Its
+      decays, which may be special for biases and norms, are multiplied by
+      ``attention_decay_mult``.
+    - The bank's rate is multiplied by ``bank_lr_mult``, and its decay is divided by it, so that the
+      two keep their balance.
+    - The bank of a depthwise layer gets ``dwconv_decay_mult``, like a plain depthwise convolution.
 
-    A table of the rates goes to the log, in place of the lines of MMEngine's own constructor, which
-    are one or two for each parameter.
+    A table of the rates goes to the log, in place of the one or two lines for each parameter that
+    MMEngine's own constructor writes.
 
     Example::
 
@@ -44,21 +45,22 @@ class ODConvOptimWrapperConstructor:
 
     Args:
         optim_wrapper_cfg (dict): Config of the optimizer wrapper.
-        paramwise_cfg (dict, optional): What the other constructor takes, and
+        paramwise_cfg (dict, optional): The options of the other constructor, and these:
 
             - ``base`` (str): The type of the other constructor. Default:
               'DefaultOptimWrapperConstructor'.
-            - ``attention_lr_mult`` (float): Default: 1.
-            - ``attention_decay_mult`` (float): Default: 1.
-            - ``bank_lr_mult`` (float | str): A number, or 'compensated', for banks that start from
-              static weights. Under SGD the function of a bank moves a²/K as far as that of one
-              static kernel would, where a is the product of the constant attentions of the 'zero'
-              start; the compensation is K/a². An optimizer that normalises its steps moves all
-              entries alike, but the kernels of the bank are √(1 + spread²)/a as large as the
-              static one, and this is the compensation. Default: 1.
+            - ``attention_lr_mult`` (float): See above. Default: 1.
+            - ``attention_decay_mult`` (float): See above. Default: 1.
+            - ``bank_lr_mult`` (float | str): A number, or 'compensated' for banks that start from
+              static weights. Let a be the product of the constant attentions of the 'zero' start.
+              Under SGD, a step changes the function of a bank a²/K times as much as that of one
+              static kernel, so the factor is K/a². An optimizer that normalises its steps changes
+              all entries alike, but the kernels of the bank are √(1 + spread²)/a times as large as
+              the static one, and this is the factor. Default: 1.
 
     Raises:
-        ValueError: One of them is no number of at least 0, or no other word than 'compensated'.
+        ValueError: One of the three options is not a number of at least 0, nor, for
+            ``bank_lr_mult``, the word 'compensated'.
     """
 
     def __init__(

@@ -117,6 +117,31 @@ def test_a_config_that_does_not_run_is_named(tmp_path, line):
         cli.load_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ('line', 'right'),
+    [
+        ('train_dataloder = dict(batch_size=2)', 'train_dataloader'),
+        ('optim_wraper = dict()', 'optim_wrapper'),
+        ('custom_hook = []', 'custom_hooks'),
+    ],
+)
+def test_a_misspelt_key_of_a_config_is_refused(tmp_path, line, right):
+    path = tmp_path / 'config.py'
+    path.write_text(f"_base_ = '{CONFIG}'\n{line}\n")
+    wrong = line.split()[0]
+    with pytest.raises(
+        SystemExit, match=f"{path}, line 2: no part of a training reads '{wrong}'; is it {right}"
+    ):
+        cli.load_config(str(path))
+
+
+def test_names_of_the_user_are_no_misspelt_keys(tmp_path):
+    path = tmp_path / 'config.py'
+    lines = [f"_base_ = '{CONFIG}'", 'custom_hook = dict(type="NonFiniteHook")', 'foo = 1']
+    path.write_text('\n'.join([*lines, 'custom_hooks = [custom_hook]']))
+    assert len(cli.load_config(str(path)).custom_hooks) == 1
+
+
 def test_a_work_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / 'file').touch()
     config = Config(dict(work_dir=str(tmp_path / 'file/work')))
@@ -205,6 +230,49 @@ def test_an_unknown_optimizer_is_named():
     message = r"there is no optimizer 'AdamX'; is it Adam"
     with pytest.raises(SystemExit, match=message), cli.mistakes_in_one_sentence(config):
         build_optim_wrapper(nn.Linear(2, 2), config.optim_wrapper)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            dict(neck=dict(in_channels=[16, 32, 64, 64])),
+            r'model\.neck\.lateral_convs\.3\.conv takes 64 channels, but its input has 128; '
+            r'check the in_channels of model\.neck$',
+        ),
+        (
+            dict(neck=dict(in_channels=[16, 32, 64, 64], conv_cfg=dict(type='ODConv'))),
+            r'model\.neck\.lateral_convs\.3\.conv takes 64 channels, but its input has 128; ',
+        ),
+        (
+            dict(bbox_head=dict(in_channels=99)),
+            r'model\.bbox_head\.\S+ takes 99 channels, .* the in_channels of model\.bbox_head$',
+        ),
+        (
+            dict(neck=dict(in_channels=[16, 32, 64])),
+            r'FPN refuses what it is given: assert len\(inputs\) == len\(self\.in_channels\)$',
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_end_in_one_sentence(changes, message):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    register_all_modules()
+    config = cli.load_config(CONFIG)
+    config.merge_from_dict(dict(model=changes))
+    detector = MODELS.build(config.model).eval()
+    for model in (detector, Wrapper(detector)):
+        with (
+            pytest.raises(SystemExit, match=rf'retinanet_od_r18_shapes\.py: {message}'),
+            cli.mistakes_in_one_sentence(config),
+        ):
+            model(torch.rand(2, 3, 64, 64), mode='tensor')
 
 
 @pytest.mark.parametrize('error', [KeyError('x'), TypeError('f() takes no arguments')])

@@ -18,8 +18,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out-dir', default='outputs', help='folder for the PNGs')
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='least score drawn')
-    parser.add_argument('--limit', type=cli.positive, help='only so many images of the folder')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score that is drawn')
+    parser.add_argument(
+        '--limit',
+        type=cli.positive,
+        help='use only the first images of the folder, at most this number',
+    )
     parser.add_argument(
         '--fuse-conv-bn',
         action='store_true',
@@ -41,7 +45,7 @@ def main() -> None:
     if not isinstance(palette, str) and len(palette) < len(classes):
         # The palette is that of the config's test data set, which may have other classes.
         model.dataset_meta['palette'] = 'random'
-    visualizer = VISUALIZERS.build(config.visualizer)
+    visualizer = VISUALIZERS.build(dict(config.visualizer, vis_backends=None))
     visualizer.dataset_meta = model.dataset_meta
 
     out_dir = Path(args.out_dir)

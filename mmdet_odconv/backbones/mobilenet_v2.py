@@ -15,7 +15,7 @@ from .odconv_backbone import ODConvBackbone
 
 @MODELS.register_module()
 class ODMobileNetV2(ODConvBackbone, MobileNetV2):
-    __doc__ = f"""MobileNetV2 with ODConv, the widths of the paper being 0.5, 0.75 and 1.0.
+    __doc__ = f"""MobileNetV2 with ODConv; the paper uses the widths 0.5, 0.75 and 1.0.
 
     ``out_indices=(1, 2, 4, 7)`` gives the maps of stride 4, 8, 16 and 32; at width 1.0 they have
     24, 32, 96 and 1280 channels.

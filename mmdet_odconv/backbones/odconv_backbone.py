@@ -7,20 +7,21 @@ from torch import nn
 
 
 class ODConvBackbone:
-    """A backbone of mmdet that takes the arguments of its ODConv layers, to be mixed in before it.
+    """Adds the arguments of ODConv layers to a backbone of mmdet.
 
-    Stages that are frozen (``frozen_stages``) stay plain: they would have the cost of dynamic
-    convolutions, and nothing of them could learn.
+    Stages that are frozen (``frozen_stages``) stay plain: they would cost as much as dynamic
+    convolutions, but could not learn anything.
 
     Args:
-        *args, **kwargs: Those of mmdet's backbone.
+        *args, **kwargs: The arguments of mmdet's backbone.
         kernel_num (int): K, kernels in each bank. Default: 4.
         reduction (float, optional): Width of the attention branches relative to their input.
             Default: that of the layer, which is 1/16 for ODConv.
         temperature (float): T of the attentions. Default: 1.0.
         odconv_cfg (dict, optional): Further arguments of every layer, for example
-            ``dict(norm_cfg=dict(type='LN'))``, and its type, if it is not
-            :class:`~mmdet_odconv.ODConv2d` but, say, ``dict(type='CondConv2d')``.
+            ``dict(norm_cfg=dict(type='LN'))``. A ``type`` in it replaces
+            :class:`~mmdet_odconv.ODConv2d`, for example ``dict(type='CondConv2d')``.
+            Default: None.
     """
 
     def __init__(

@@ -27,25 +27,29 @@ _SHOWN = 3
 def load_official_checkpoint(
     model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]
 ) -> None:
-    """Load a published checkpoint, all of it or nothing.
+    """Load a published checkpoint, completely or not at all.
 
-    The temperature is set to 1, where the published training ends. Counters
-    (``num_batches_tracked``) that the file lacks stay as they are.
+    The temperature is set to 1, because the published training ends there. Counters
+    (``num_batches_tracked``) that are not in the file keep their values.
 
-    Weights of a static ResNet or MobileNetV2 under torchvision's names are accepted as well, and
-    give banks that compute the same. They fit mmdet's ``ResNet`` and ``MobileNetV2`` too.
+    The function also accepts weights of a static ResNet or MobileNetV2 under torchvision's names,
+    and makes banks of them that compute the same. They fit mmdet's ``ResNet`` and ``MobileNetV2``
+    too.
 
     Args:
         model (nn.Module): An ``ODResNet`` or ``ODMobileNetV2``, or a detector with one as its
-            ``backbone``. Of a classifier's file the detector's backbone is loaded; the file of a
-            detector fills the whole detector.
-        source: A path, read in PyTorch's safe mode; what such a file holds; or a state dict.
+            ``backbone``. The file of a classifier fills the backbone of a detector, and the file
+            of a detector fills the whole detector.
+        source: A path, which is read in PyTorch's safe mode; the content of such a file; or a
+            state dict.
 
     Raises:
-        RuntimeError: The file does not fit: K, width or depth differ (the message has both
-            values), or an entry, other than the classifier's, is missing, left over or of
-            another shape (it has the first few names of each kind). The model is unchanged.
-        ValueError: The source holds no state dict, or more than PyTorch's safe mode reads.
+        RuntimeError: The file does not fit, and the model is unchanged. Either K, the width or the
+            depth differ (the message has both values), or entries are missing, left over or of
+            another shape (the message has the first few names). Entries of the classifier do not
+            matter.
+        ValueError: The source has no state dict, or has something that PyTorch's safe mode does
+            not read.
     """
     content = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
     entries, whole = _translated(state_dict_of(content))
@@ -66,8 +70,9 @@ def export_official_checkpoint(model: nn.Module) -> dict[str, dict[str, Tensor]]
             ``backbone``.
 
     Returns:
-        dict: ``{'state_dict': ...}`` as the published files have it: a backbone's names begin
-        with ``module.``, and there is no classifier. The tensors are those of the model.
+        dict: ``{'state_dict': ...}`` as in the published files: the names of a backbone begin
+        with ``module.``, and there is no classifier. The tensors are those of the model, not
+        copies.
 
     Raises:
         ValueError: The backbone is neither of the two.

@@ -44,8 +44,8 @@ def read_checkpoint(path: str) -> Checkpoint:
         path (str): As MMEngine takes it.
 
     Raises:
-        CheckpointFileError: The file is truncated, damaged, holds more than weights and plain
-            values, or is no checkpoint at all.
+        CheckpointFileError: The file is truncated or damaged, has something else than weights and
+            plain values in it, or is not a checkpoint.
     """
     try:
         if '://' in path:
@@ -90,9 +90,10 @@ def not_finite(model: nn.Module, state_dict: dict[str, Any]) -> list[str]:
 def latest_checkpoint(work_dir: str) -> Checkpoint | None:
     """The checkpoint from which a training in a work folder goes on.
 
-    This is the one that ``last_checkpoint`` names. If that one is missing or damaged, as a kill
-    or a full disk leaves them without :class:`~mmdet_odconv.hooks.SafeCheckpointHook`, it is the
-    youngest of the others that can be read; what is passed over is logged.
+    This is the one that ``last_checkpoint`` names. If that one is missing or damaged, it is the
+    youngest of the others that can be read, and the log says which ones were passed over. A kill
+    or a full disk leaves damaged checkpoints behind, but not with
+    :class:`~mmdet_odconv.hooks.SafeCheckpointHook`.
 
     Args:
         work_dir (str): The work folder.

@@ -19,11 +19,12 @@ _SCALAR_TYPES = (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint
 
 
 def register_safe_globals() -> None:
-    """Register what MMEngine's log needs with ``torch.load``'s safe mode, once per process.
+    """Let ``torch.load``'s safe mode read the log in MMEngine's checkpoints.
 
-    These are ``HistoryBuffer``, NumPy's arrays, scalars and plain number types, and, in the place
-    of ``builtins.getattr``, a function that gives out the four statistics of ``HistoryBuffer``
-    and nothing else. A reader of MMEngine that would leave safe mode is replaced.
+    Importing this package calls the function. It registers ``HistoryBuffer``, NumPy's arrays,
+    scalars and plain number types. In place of ``builtins.getattr`` it registers a function that
+    returns the four statistics of ``HistoryBuffer`` and nothing else. If MMEngine has a reader that
+    would leave the safe mode, that reader is replaced.
     """
     reconstruct = np.empty(0).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]

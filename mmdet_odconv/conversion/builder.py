@@ -25,14 +25,15 @@ def build_odconv_model(
     report: str = 'table',
     **fields: Any,
 ) -> nn.Module:
-    """Build a model, replace plain convolutions by ODConv, and return the model.
+    """Build a model, replace its plain convolutions with ODConv, and return the model.
 
-    In a config that inherits from one of mmdet's, either name the detector and leave its fields
-    in their places, where other configs, ``--cfg-options`` and mmdet's own functions find them::
+    There are two forms for a config that inherits from one of mmdet's. Usually, name the detector
+    and leave its fields in their places, where other configs, ``--cfg-options`` and mmdet's own
+    functions find them::
 
         model = dict(type='ODConvModel', detector={{_base_.model.type}}, odconv=dict(kernel_num=4))
 
-    or, for models that have a field ``detector`` themselves, wrap the whole::
+    For models that have a field ``detector`` themselves, wrap the whole config::
 
         model = dict(
             _delete_=True, type='ODConvModel', model={{_base_.model}}, odconv=dict(kernel_num=4)
@@ -42,25 +43,27 @@ def build_odconv_model(
 
     Args:
         odconv (dict, optional): Arguments of :func:`~mmdet_odconv.convert_to_odconv`. Default:
-            none, its defaults.
-        detector (str, optional): Type of the model. Default: ``model``'s.
-        model (dict, optional): Config of the model. Default: ``fields`` are all of it.
-        data_preprocessor (dict | nn.Module, optional): The model's, where its config has none.
+            None, which means its defaults.
+        detector (str, optional): Type of the model. Default: the type in ``model``.
+        model (dict, optional): Config of the model. Default: None, if ``fields`` are the whole
+            config.
+        data_preprocessor (dict | nn.Module, optional): The data preprocessor of the model, if its
+            config has none. Default: None.
         attention_pool (str): 'all', or 'valid' for attentions that leave out the padding of the
-            batch (:func:`~mmdet_odconv.use_valid_pooling`). A detector whose config has an OD
-            backbone needs ``odconv=dict(include=[])`` besides. Default: 'all'.
-        report (str): What goes to the log: 'table', which has what was kept and why, or 'summary',
-            a line. Default: 'table'.
-        **fields: Fields of the model's config, in place of ``model``'s.
+            batch (:func:`~mmdet_odconv.use_valid_pooling`). If the detector has an OD backbone
+            already, also set ``odconv=dict(include=[])``. Default: 'all'.
+        report (str): What goes to the log: 'table', which says what was kept and why, or
+            'summary', which is one line. Default: 'table'.
+        **fields: Fields of the model's config. They replace those of ``model``.
 
     Returns:
-        nn.Module: The model, of its own class.
+        nn.Module: The converted model. Its class is that of the model, not a wrapper.
 
     Raises:
         ValueError: Neither ``detector`` nor ``model`` says what to build, ``attention_pool`` is
             neither 'all' nor 'valid', or ``report`` is neither 'table' nor 'summary'.
-        ConversionError: A ValueError. The model has a field ``detector`` itself, as SoftTeacher
-            and the trackers have, and needs the second form.
+        ConversionError: A ValueError. The model has a field ``detector`` itself, like SoftTeacher
+            and the trackers, and needs the second form.
     """
     if attention_pool not in ('all', 'valid'):
         raise ValueError(f"attention_pool must be 'all' or 'valid', got {attention_pool!r}")
@@ -71,7 +74,7 @@ def build_odconv_model(
         if not isinstance(detector, str) or _has_detector_field(detector):
             raise ConversionError(
                 f'{detector if isinstance(detector, str) else "this model"} has a field '
-                "'detector' of its own, whose place detector=... of ODConvModel would take; "
+                "'detector' of its own, which detector=... of ODConvModel would hide; "
                 "wrap the whole config instead: model=dict(_delete_=True, type='ODConvModel', "
                 'model={{_base_.model}}, odconv=...)'
             )

@@ -42,37 +42,42 @@ def convert_to_odconv(
     layer: str = 'ODConv',
     **odconv_args: Any,
 ) -> ConversionReport:
-    """Replace plain convolutions of ``model`` by ODConv layers that compute the same, in place.
+    """Replace plain convolutions of ``model`` with ODConv layers that compute the same, in place.
 
-    Replaced are ``nn.Conv1d/2d/3d`` and mmcv's wrappers of them, never a subclass with behaviour
-    of its own. One that is used at several places stays one layer. Each layer starts from the
-    weights of its convolution and takes over its forward and backward hooks, training mode,
-    device, type and ``requires_grad``, the latter for the attention too.
+    The function replaces ``nn.Conv1d/2d/3d`` and mmcv's wrappers of them, but no subclass that
+    changes their behaviour. A convolution that is used at several places becomes one layer. Each
+    layer starts from the weights of its convolution and takes over its forward and backward hooks,
+    training mode, device, type and ``requires_grad``; its attention gets the same
+    ``requires_grad``.
 
-    Frozen stages stay plain, as in this package's backbones: convolutions whose weights need no
-    gradient, in a part of the model that has others which do, and the convolutions of the same
-    names in a copy of that part (the teacher of a student).
+    Convert the model before you build an optimizer, because an optimizer keeps the parameters that
+    it was given.
+
+    Frozen stages stay plain, as in this package's backbones. Frozen are convolutions whose weights
+    need no gradient, in a part of the model that has other weights which do. Convolutions of the
+    same names in a copy of that part (the teacher of a student) stay plain, too.
 
     Stems, patch embeddings, 1×1 shortcuts, convolutions of channel attentions and the prediction
-    layers of heads (:func:`~mmdet_odconv.conversion.rules.default_exclusion`) stay, unless a
-    pattern of ``include`` asks for them: one that is found in the convolution's name but not in
-    the name of the backbone, head or block that it belongs to. 'downsample' asks for shortcuts,
-    'retina_cls' for a prediction layer; 'backbone' and '.*' ask for neither.
+    layers of heads (:func:`~mmdet_odconv.conversion.rules.default_exclusion`) stay plain unless a
+    pattern of ``include`` asks for them. A pattern asks for them if it is found in the
+    convolution's name but not in the name of the backbone, head or block that it belongs to. For
+    example, 'downsample' asks for shortcuts and 'retina_cls' for a prediction layer; 'backbone' and
+    '.*' ask for neither.
 
-    A method ``fuse`` of the model, as Ultralytics' models have, still folds norms rightly
-    (:func:`~mmdet_odconv.deployment.keep_fuse_methods_right`).
-
-    Convert before an optimizer is built, which holds the parameters that it was given.
+    If the model has a method ``fuse``, like Ultralytics' models, that method still folds norms
+    correctly (:func:`~mmdet_odconv.deployment.keep_fuse_methods_right`).
 
     Args:
         model (nn.Module): A detector or any other model.
         kernel_num (int): K, kernels in each bank. Default: 4.
         reduction (float, optional): Width of the attention branches relative to their input.
             Default: that of the layer, which is 1/16 for ODConv.
-        include (str | Sequence[str]): Regular expressions, to be found in the dotted names of the
-            convolutions to replace. Default: 'backbone'.
-        exclude (str | Sequence[str]): The same for convolutions to leave. Default: none.
-        min_channels (int): Convolutions with fewer input or output channels stay. Default: 1.
+        include (str | Sequence[str]): Regular expressions. A convolution is replaced if one of
+            them is found in its dotted name. Default: 'backbone'.
+        exclude (str | Sequence[str]): Regular expressions. A convolution stays plain if one of them
+            is found in its dotted name. Default: none.
+        min_channels (int): Convolutions with fewer input or output channels stay plain.
+            Default: 1.
         layer (str): Type of the new layers: 'ODConv', or 'CondConv2d' or 'DyConv2d', which
             replace 2-D convolutions only. Default: 'ODConv'.
         **odconv_args: Further arguments of :class:`~mmdet_odconv.ODConv2d`, for example
@@ -82,7 +87,7 @@ def convert_to_odconv(
         ConversionReport: What was converted, and what was kept and why.
 
     Raises:
-        ConversionError: A ValueError. A pattern is no regular expression or matches no
+        ConversionError: A ValueError. A pattern is not a regular expression or matches no
             convolution, or an argument of ODConv is unknown (the message has near names) or out
             of its range. The model is unchanged.
     """

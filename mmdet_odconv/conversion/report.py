@@ -12,11 +12,12 @@ from terminaltables import AsciiTable
 class ConversionReport:
     """What :func:`convert_to_odconv` did to a model.
 
-    ``str(report)`` is a table of the groups, and :meth:`details` one of all names.
+    ``str(report)`` is a table of groups of convolutions, and :meth:`details` is a table with all
+    names.
 
     Attributes:
-        converted (list[str]): The names of the convolutions that are ODConv now. One that is used
-            at several places is listed once, by its first name.
+        converted (list[str]): The names of the convolutions that are ODConv now. A convolution that
+            is used at several places is listed once, under its first name.
         kept (list[tuple[str, str]]): The names of the other convolutions, each with the reason.
         parameters_before (int): Parameters of the whole model before.
         parameters_after (int): Parameters of the whole model after.

@@ -38,7 +38,7 @@ class Selection:
                 pattern = re.compile(text)
             except re.error as error:
                 raise ConversionError(
-                    f'{argument} {text!r} is no regular expression: {error}'
+                    f'{argument} {text!r} is not a regular expression: {error}'
                 ) from error
             if not any(pattern.search(name) for name in names):
                 raise ConversionError(

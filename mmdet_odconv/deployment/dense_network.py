@@ -55,8 +55,8 @@ def export_dense_network(
         shape (tuple[int, int]): Height and width of the example; the file takes others too.
 
     Raises:
-        ValueError: The detector is not a single-stage one, or it has an operation that ONNX
-            lacks.
+        ValueError: The detector is not a single-stage detector, or it has an operation that ONNX
+            does not have.
     """
     import onnx
 
@@ -93,7 +93,7 @@ def require_single_stage(detector: nn.Module) -> None:
     """Raise ValueError unless the detector is dense: a backbone, a neck and one dense head."""
     if not isinstance(detector, SingleStageDetector) or not hasattr(detector, 'bbox_head'):
         raise ValueError(
-            f'{type(detector).__name__} is no single-stage detector with a dense head: what '
+            f'{type(detector).__name__} is not a single-stage detector with a dense head: what '
             'comes after its neck depends on the proposals or queries of each image'
         )
 

@@ -17,21 +17,22 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d)
 def fuse_odconv_bn(model: nn.Module) -> nn.Module:
     """Fold BatchNorms into the convolutions before them, ODConv and plain, for inference.
 
-    A norm that follows an ODConv goes into its bank and a static bias, one that follows a plain
-    convolution into its weight and bias, and the attentions' own norms into their ``fc``. In the
-    place of each is then an ``nn.Identity``. A block with a method ``forward_fuse``, such as
-    Ultralytics' ``Conv``, loses its norm instead, and has that method for its forward pass. The
+    A norm after an ODConv layer is folded into its bank and a static bias, a norm after a plain
+    convolution into its weight and bias, and the norms inside the attentions into their ``fc``.
+    An ``nn.Identity`` takes the place of each norm. A block with a method ``forward_fuse``, such as
+    Ultralytics' ``Conv``, loses its norm instead and uses that method for its forward pass. The
     outputs stay the same up to rounding.
 
-    Left alone are norms in training mode, norms without running statistics, and whatever may
-    have another reader: convolutions and norms that stand at several places or have hooks, and
-    those whose order of execution cannot be followed.
+    The function does not touch norms in training mode and norms without running statistics. It
+    also leaves alone what something else may read: convolutions and norms that are used at several
+    places or have hooks, and those whose order of execution cannot be followed.
 
     Args:
         model (nn.Module): Any module, in evaluation mode.
 
     Returns:
-        nn.Module: ``model`` itself, changed in place; its state dict now has other entries.
+        nn.Module: ``model`` itself, which is changed in place. Its state dict has other entries
+        afterwards.
     """
     pairs = list(directly_following(model, (*DYNAMIC_TYPES, *_PLAIN), _BatchNorm))
     for parent, conv_name, norm_name in pairs:
@@ -56,16 +57,17 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
 
 
 def keep_fuse_methods_right(model: nn.Module) -> None:
-    """Let the methods ``fuse`` of a model fold norms into its dynamic layers as they must be.
+    """Let the methods ``fuse`` of a model fold norms into its dynamic layers correctly.
 
     The models of Ultralytics, YOLOv5 and YOLOv7 have such a method, and call it themselves before
-    validation and prediction. It takes the weight of a block's convolution for one kernel, which
-    a bank is not. Each module with a ``fuse`` above such a block gets one of its own: it first
-    folds the norms of the blocks with dynamic layers, and then calls that of its class, for which
-    these blocks are fused already. Copies and pickles of the model keep it.
+    validation and prediction. It treats the weight of a convolution as one kernel, but an ODConv
+    layer has a bank of kernels. So each module that has a ``fuse`` and contains such a layer gets a
+    new method: it first folds the norms of the blocks with dynamic layers, and then calls the
+    method of its class, which finds these blocks fused already. Copies and pickles of the model
+    keep the new method.
 
-    :func:`~mmdet_odconv.convert_to_odconv` calls this. Call it yourself where you built a model
-    with ODConv layers by hand.
+    :func:`~mmdet_odconv.convert_to_odconv` calls this function. Call it yourself if you put ODConv
+    layers into a model by hand.
 
     Args:
         model (nn.Module): Any module.

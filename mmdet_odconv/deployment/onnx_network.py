@@ -56,15 +56,16 @@ class OnnxNetwork:
 def use_onnx_network(detector: nn.Module, path: str | os.PathLike[str]) -> None:
     """Let ``detector`` predict with the ONNX file in place of its own dense network.
 
-    Preprocessing, decoding and non-maximum suppression stay PyTorch's. The detector's weights
-    are not used any more.
+    PyTorch still does the preprocessing, the decoding and the non-maximum suppression. The weights
+    of the detector are not used any more.
 
     Args:
         detector (nn.Module): A single-stage detector of the config that the file was made with.
         path: A file of :func:`~mmdet_odconv.deployment.export_dense_network`.
 
     Raises:
-        ValueError: The detector is not a single-stage one, or the file is another one.
+        ValueError: The detector is not a single-stage detector, or the file was not made by
+            :func:`~mmdet_odconv.deployment.export_dense_network`.
     """
     require_single_stage(detector)
     model: Any = detector

@@ -46,10 +46,10 @@ def odconv(
         attentions (Attentions): c, f, s and k of each of the B samples.
         bias (Tensor, optional): Static bias, shape (C_out,). Default: None.
         stride, padding, dilation, groups: As in ``torch.nn.functional.conv2d``.
-        strategy (str): How to compute it; the result is the same. 'auto' follows the priorities
-            in :mod:`~mmdet_odconv.functional.dispatch`. 'benchmark' measures the implementations
-            at the first call of each shape and keeps the fastest. One of ``STRATEGIES`` asks for
-            that one. Default: 'auto'.
+        strategy (str): The implementation to use; the result is the same with all of them. 'auto'
+            follows the priorities in :mod:`~mmdet_odconv.functional.dispatch`. 'benchmark' measures
+            the implementations at the first call of each shape and keeps the fastest. A name in
+            ``STRATEGIES`` selects that implementation. Default: 'auto'.
 
     Returns:
         Tensor: Shape (B, C_out, *output size), in the memory format of ``x``, and in the type

@@ -17,7 +17,7 @@ def bank_from_static_weight(
     """W_j = W / a + ε_j with Σ_j ε_j = 0: under constant attentions, the convolution with W.
 
     The kernel attention is uniform, 1/K, and the product of the three others is a, so that
-    a · Σ_j W_j / K = W. Without ε_j all kernels would receive equal gradients for ever.
+    a · Σ_j W_j / K = W. Without ε_j all kernels would get equal gradients and stay equal.
 
     Args:
         weight (Tensor): W, shape (C_out, C_in / groups, *kernel_size), of a floating type; compute

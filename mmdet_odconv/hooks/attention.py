@@ -19,22 +19,22 @@ class ODConvAttentionHook(Hook):
 
         custom_hooks = [dict(type='ODConvAttentionHook', interval=100)]
 
-    Every ``interval`` iterations it looks at the attentions of the images in that iteration, and
-    at those of the following iterations too if there were fewer than ``images``. At other times
-    it does nothing. It logs, as mean over the layers, the scalars ``odconv_channel_std``,
-    ``odconv_filter_std``, ``odconv_spatial_std``, ``odconv_kernel_std``, ``odconv_kernel_entropy``
-    and ``odconv_kernel_similarity``, and as maximum over layers and attentions
-    ``odconv_saturated``. They are those of
-    :class:`~mmdet_odconv.analysis.AttentionStatistics`, and docs/analysis.md says what is usual.
+    Every ``interval`` iterations the hook looks at the attentions of the images in that iteration,
+    and of the following iterations if these are fewer than ``images``. At other times it does
+    nothing. It logs the scalars ``odconv_channel_std``, ``odconv_filter_std``,
+    ``odconv_spatial_std``, ``odconv_kernel_std``, ``odconv_kernel_entropy`` and
+    ``odconv_kernel_similarity`` as means over the layers, and ``odconv_saturated`` as the maximum
+    over layers and attentions. :class:`~mmdet_odconv.analysis.AttentionStatistics` defines them,
+    and docs/analysis.md says which values are usual.
 
     Args:
-        interval (int): Iterations from one look to the next. Default: 100.
-        images (int): How many images a look takes at least, over all processes. Default: 8.
+        interval (int): Number of iterations between two looks. Default: 100.
+        images (int): The least number of images for a look, over all processes. Default: 8.
         per_layer (bool): Whether the visualiser's backends (TensorBoard and others) get the
             scalars of each layer too, such as ``odconv_kernel_std/backbone.layer1.0.conv1``. The
             text log stays as it is. Default: False.
-        warn_after (int): From this iteration on, a layer is named in a warning, once, if its
-            attentions do not depend on the image or are saturated. Default: 1000.
+        warn_after (int): From this iteration on, the hook warns once of each layer whose attentions
+            do not depend on the image or are saturated. Default: 1000.
         min_std (float): The attentions of a layer depend on the image if one of them has at least
             this standard deviation over the images. Default: 1e-3.
         max_saturated (float): An attention is saturated if more than this share of its values is

@@ -75,19 +75,22 @@ class DurableLocalBackend(LocalBackend):
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """MMEngine's ``CheckpointHook`` with nothing to lose: the same arguments, names and files.
+    """MMEngine's ``CheckpointHook``, made safe against kills and full disks.
 
-    - A checkpoint, the best one and ``last_checkpoint`` appear under their names when they are
-      complete and on the disk. What they replace is removed after that, so that a kill or a full
-      disk leaves the previous ones, at whatever moment it comes.
+    It has the same arguments, names and files, with these differences:
+
+    - A checkpoint, the best one and ``last_checkpoint`` appear under their names only when they
+      are complete and on the disk. What they replace is removed after that. So a kill or a full
+      disk leaves the previous files as they were, whenever it happens.
     - A checkpoint also has the states of the random generators of all processes and the place in
       the epoch. A resumed run goes on with the same random numbers and the same images as one
       that was never interrupted. For this, validation leaves the generators as it found them.
-    - :meth:`save_now` saves in the middle of an epoch, as ``preempted.pth``, which goes when the
-      next regular checkpoint is there.
+    - :meth:`save_now` saves ``preempted.pth`` in the middle of an epoch. The next regular
+      checkpoint removes it.
 
-    MMEngine can resume from these checkpoints, and this hook from MMEngine's: then without the
-    second point. On object stores (``backend_args``) files are written as MMEngine writes them.
+    MMEngine can resume from these checkpoints, and this hook can resume from MMEngine's, but then
+    without the second point. On object stores (``backend_args``) files are written as MMEngine
+    writes them.
     Data loader workers have generators of their own, which are not saved: with
     ``persistent_workers=True`` a resumed run draws other augmentations.
 

@@ -27,19 +27,19 @@ class NonFiniteError(RuntimeError):
 class NonFiniteHook(Hook):
     """Stop at a loss that is NaN or infinite, before it reaches the weights.
 
-    The error names the iteration, the images and the first layer whose output was not finite; for
-    this the forward pass is repeated once. Weights that became NaN all the same, by their
-    gradients, are not saved, so the last checkpoint is always a good one.
+    The error names the iteration, the images and the first layer whose output was not finite. To
+    find that layer, the forward pass is repeated once. If weights became NaN through their
+    gradients, they are not saved, so the last checkpoint is always a good one.
 
     Args:
-        action (str): 'stop', or 'skip' to leave such iterations out: neither the weights nor the
-            running statistics of the norms keep anything of them. Default: 'stop'.
+        action (str): 'stop', or 'skip' to leave such iterations out. A skipped iteration changes
+            neither the weights nor the running statistics of the norms. Default: 'stop'.
         max_skips (int): How many iterations in a row may be left out; one more stops the training.
             Default: 10.
 
     Raises:
         ValueError: An argument is out of its range.
-        NonFiniteError: During the training, as said above.
+        NonFiniteError: During the training, if the loss or the weights are not finite.
     """
 
     priority = 'LOWEST'  # its `before_train_iter` comes after all that changes the model

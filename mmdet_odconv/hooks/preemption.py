@@ -23,21 +23,22 @@ from .checkpoint import SafeCheckpointHook
 class PreemptionHook(Hook):
     """On SIGTERM, finish the iteration, save a checkpoint and end with an exit status of its own.
 
-    Schedulers send SIGTERM some seconds before they end a job for good. ``--resume`` goes on with
-    the next iteration, as if nothing had happened. In a distributed run all processes stop after
-    the same iteration, whichever of them got the signal. One that comes during validation takes
-    effect after it, or at once where the checkpoint of that epoch is saved already.
+    Schedulers send SIGTERM some seconds before they end a job for good. ``--resume`` then goes on
+    with the next iteration, as if nothing had happened. In a distributed run all processes stop
+    after the same iteration, whichever of them got the signal. A signal during validation takes
+    effect after the validation, or at once if the checkpoint of that epoch is saved already.
 
-    Needs :class:`SafeCheckpointHook` as the checkpoint hook.
+    The hook needs :class:`SafeCheckpointHook` as the checkpoint hook.
 
     Args:
-        exit_code (int): The exit status. 99 is the one after which Grid Engine puts a job back into
-            its queue without being told, and the usual entry in LSF's ``REQUEUE_EXIT_VALUES`` and
-            in Slurm's ``RequeueExit``. No error of Python has it. Default: 99.
+        exit_code (int): The exit status. After 99, Grid Engine puts a job back into its queue by
+            itself, and 99 is also the usual entry in LSF's ``REQUEUE_EXIT_VALUES`` and in Slurm's
+            ``RequeueExit``. No error of Python has this status. Default: 99.
 
     Raises:
         ValueError: ``exit_code`` is not within 1 and 255.
-        TypeError: At the start of the training, if the checkpoint hook is another.
+        TypeError: At the start of the training, if the checkpoint hook is not a
+            :class:`SafeCheckpointHook`.
     """
 
     priority = 'LOWEST'
@@ -116,7 +117,7 @@ class PreemptionHook(Hook):
         barrier()  # a launcher that sees one process end may kill the one that still saves
         print_log(
             f'SIGTERM: stopped and saved after {iterations} iterations; --resume goes on from '
-            f'there, and exit status {self.exit_code} asks the scheduler to',
+            f'there, and exit status {self.exit_code} asks the scheduler to start the job again',
             logger='current',
             level=logging.WARNING,
         )

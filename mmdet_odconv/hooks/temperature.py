@@ -35,7 +35,7 @@ class ODConvTemperatureHook(Hook):
             Default: 'linear'.
 
     Raises:
-        ValueError: An argument is out of its range. At the start of the training, also if
+        ValueError: An argument is out of its range. The training raises it at its start, too, if
             ``anneal_epochs`` is used and the train dataloader does not tell how many iterations
             one pass over its data takes.
     """

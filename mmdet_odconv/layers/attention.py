@@ -25,17 +25,17 @@ from .running_norm import RunningNorm
 
 
 class ODConvAttention(nn.Module):
-    """From a feature map to the channel, filter, spatial and kernel attention of each sample.
+    """Computes the channel, filter, spatial and kernel attention of each sample of a feature map.
 
     h = ReLU(norm(W_fc · GAP(x))) with A = max(int(C_in · reduction), min_attention_channels)
     entries. Each head is a 1×1 convolution with bias on h, followed by σ(·/T), or by softmax(·/T)
     for the kernel attention.
 
-    With some of the four attentions left out, it is the attention of other dynamic convolutions
-    too: CondConv and DyConv have the kernel attention alone.
+    If you leave out some of the four attentions, you get the attention of other dynamic
+    convolutions: CondConv and DyConv have only the kernel attention.
 
     The temperature T is a buffer, so it is saved with the weights and follows them through every
-    wrapper. A state dict without it, as all published ones, leaves the temperature as it is.
+    wrapper. A state dict without it, like all published ones, does not change the temperature.
 
     Args:
         in_channels (int): C_in of the convolution.

@@ -20,9 +20,9 @@ class CondConv2d(_ODConvNd):
     """y = conv(x, Σ_j k_j · W_j) + bias, with k = σ(W_fc · GAP(x) + b).
 
     Args:
-        *args, **kwargs: Those of :class:`~mmdet_odconv.ODConv2d`, apart from ``attentions``,
+        *args, **kwargs: The arguments of :class:`~mmdet_odconv.ODConv2d`, without ``attentions``,
             ``kernel_activation``, ``reduction``, ``min_attention_channels`` and ``norm_cfg``,
-            which make it a CondConv.
+            which a CondConv has fixed values for.
         kernel_num (int): K, kernels ("experts") in the bank. Default: 8.
     """
 
@@ -45,9 +45,9 @@ class DyConv2d(_ODConvNd):
     """y = conv(x, Σ_j k_j · W_j) + bias, with k = softmax((W_2 · ReLU(W_1 · GAP(x)) + b) / T).
 
     Args:
-        *args, **kwargs: Those of :class:`~mmdet_odconv.ODConv2d`, apart from ``attentions``,
-            ``kernel_activation``, ``min_attention_channels`` and ``norm_cfg``, which make it a
-            DyConv.
+        *args, **kwargs: The arguments of :class:`~mmdet_odconv.ODConv2d`, without ``attentions``,
+            ``kernel_activation``, ``min_attention_channels`` and ``norm_cfg``, which a DyConv has
+            fixed values for.
         kernel_num (int): K, kernels in the bank. Default: 4.
         reduction (float): Width of the attention branch relative to ``in_channels``.
             Default: 1/4.

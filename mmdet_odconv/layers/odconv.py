@@ -35,18 +35,18 @@ class _ODConvNd(nn.Module):
     attentions c, f, s and k are computed from x (:class:`ODConvAttention`) and W is a bank of K
     kernels.
 
-    The defaults train from scratch: ``attention_init='zero'`` lets the attentions start as
-    constants, where the published initialisation has gradients thousands of times those of a
-    plain convolution. The paper's form is ``attention_init='published'`` with the temperature
-    annealed from 30 (:class:`ODConvTemperatureHook`).
+    The defaults are made for training from scratch. With ``attention_init='zero'`` the attentions
+    start as constants, because with the published initialisation the gradients are many times those
+    of a plain convolution. For the paper's form, use ``attention_init='published'`` and
+    anneal the temperature from 30 (:class:`ODConvTemperatureHook`).
 
-    The state dict of a plain convolution can be loaded, by every loader that goes through
-    PyTorch's modules. Attentions and bank then start as they must for the layer to compute what
-    that convolution computes (:func:`~mmdet_odconv.functional.bank_from_static_weight`), at the
+    You can load the state dict of a plain convolution, with every loader that goes through
+    PyTorch's modules. The attentions and the bank are then set so that the layer computes what that
+    convolution computes (:func:`~mmdet_odconv.functional.bank_from_static_weight`), at the
     temperature of that moment.
 
-    In training, a BatchNorm of the attention sees one value per sample. With a single sample it
-    has no variance to take: such a step normalises with the running statistics and leaves them.
+    In training, a BatchNorm of the attention sees one value per sample. A single sample has no
+    variance, so such a step normalises with the running statistics and does not change them.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -55,22 +55,23 @@ class _ODConvNd(nn.Module):
         kernel_num (int): K, kernels in the bank. Default: 4.
         reduction (float, optional): Width of the attention branch relative to ``in_channels``,
             None for heads that read the average itself. Default: 1/16.
-        min_attention_channels (int): Least width of the attention branch. Default: 16.
+        min_attention_channels (int): The least width of the attention branch. Default: 16.
         temperature (float): T of the attentions, positive. Default: 1.0.
         norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, LN or GN, or None.
             Default: ``dict(type='BN')``.
         attention_init (str): 'zero' or 'published'
             (:meth:`ODConvAttention.reset_parameters`). Default: 'zero'.
         attention_bias (float): Bias of the sigmoid heads at the 'zero' init. Default: 2.2.
-        attentions (Sequence[str]): Which of 'channel', 'filter', 'spatial' and 'kernel' there are;
-            K > 1 needs 'kernel'. Default: all four.
+        attentions (Sequence[str]): Which of the attentions 'channel', 'filter', 'spatial' and
+            'kernel' the layer has; K > 1 needs 'kernel'. Default: all four.
         kernel_activation (str): 'softmax' or 'sigmoid', for the kernel attention.
             Default: 'softmax'.
-        spread (float): How far apart the kernels of the bank lie after static weights are loaded:
-            the standard deviation of what sets each of them apart, relative to the size of the
-            static kernel. The function does not depend on it. Default: 1.0.
-        strategy (str): How the convolution is computed, the result being the same: 'auto',
-            'benchmark' or a name (:func:`~mmdet_odconv.functional.odconv`). Default: 'auto'.
+        spread (float): How far apart the kernels of the bank are after static weights are loaded:
+            the standard deviation of the noise that is added to each of them, relative to the size
+            of the static kernel. It does not change what the layer computes. Default: 1.0.
+        strategy (str): Which implementation computes the convolution: 'auto', 'benchmark' or a
+            name (:func:`~mmdet_odconv.functional.odconv`). The result is the same with all of
+            them. Default: 'auto'.
 
     Shape:
         Input (B, C_in, *size) or (C_in, *size), output (B, C_out, *size') or (C_out, *size'),
@@ -165,7 +166,7 @@ class _ODConvNd(nn.Module):
 
         Args:
             conv (nn.Module): An ``nn.Conv1d/2d/3d`` of this class's dimensions.
-            **odconv_args: ``kernel_num``, ``reduction`` and the other arguments of ODConv's own.
+            **odconv_args: ``kernel_num``, ``reduction`` and ODConv's other arguments.
         """
         return cls(
             conv.in_channels,

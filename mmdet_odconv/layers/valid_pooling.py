@@ -95,10 +95,10 @@ def _fractions(inputs: Any, samples: Any) -> Tensor | None:
 def use_valid_pooling(model: nn.Module) -> int:
     """Let the attentions of a detector leave out the padding of its batches.
 
-    The detector must take what those of mmdet take: ``inputs``, a batch of images, and
-    ``data_samples`` with the ``img_shape`` that each image has without the padding of the batch.
-    (A ``Pad`` in the data pipeline is not seen: mmdet counts it as part of the image.) Where they
-    are not given, the average runs over the whole map, as it does by default.
+    The detector must have the arguments of mmdet's detectors: ``inputs``, a batch of images, and
+    ``data_samples`` with the ``img_shape`` of each image without the padding of the batch. If they
+    are not given, the average is taken over the whole map, as by default. Padding that a ``Pad`` in
+    the data pipeline adds is not left out, because mmdet counts it as part of the image.
 
     Published weights were trained with averages over the whole map.
 
@@ -106,8 +106,8 @@ def use_valid_pooling(model: nn.Module) -> int:
         model (nn.Module): The detector, without wrappers. It is changed in place.
 
     Returns:
-        int: The number of layers that follow the sizes now: all ODConv layers outside of a
-        ``roi_head``, where the batch is one of regions.
+        int: The number of layers that now leave out the padding. These are all ODConv layers
+        except those in a ``roi_head``, whose batch consists of regions and not of images.
 
     Raises:
         ValueError: The model has no such layer, or has valid pooling already.

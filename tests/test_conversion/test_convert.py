@@ -515,7 +515,7 @@ def test_min_channels():
         ('bakbone', r"'bakbone' matches .* no convolution .*near names: backbone"),
         ('backbone.layer5.0', r'near names: .*backbone\.layer4\.0'),
         ('zzz', 'the model consists of: backbone'),
-        ('(', r"'\(' is no regular expression"),
+        ('(', r"'\(' is not a regular expression"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error(argument, pattern, message):

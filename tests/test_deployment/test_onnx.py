@@ -101,9 +101,9 @@ def test_two_stages_are_refused(tmp_path):
     config = Config.fromfile(ROOT / 'configs/odconv/faster-rcnn_od_r18.py').model
     config.backbone.init_cfg = None
     model = MODELS.build(config)
-    with pytest.raises(ValueError, match='FasterRCNN is no single-stage detector'):
+    with pytest.raises(ValueError, match='FasterRCNN is not a single-stage detector'):
         export_dense_network(model, tmp_path / 'x.onnx', (64, 96))
-    with pytest.raises(ValueError, match='FasterRCNN is no single-stage detector'):
+    with pytest.raises(ValueError, match='FasterRCNN is not a single-stage detector'):
         use_onnx_network(model, tmp_path / 'x.onnx')
 
 

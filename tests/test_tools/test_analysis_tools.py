@@ -217,7 +217,7 @@ def test_bad_images(tiny, run, tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(SystemExit, match='no image'):
         run(*page, tmp_path / 'empty')
-    with pytest.raises(SystemExit, match='takes at least two of them, got 1'):
+    with pytest.raises(SystemExit, match='needs at least two of them, got 1'):
         run(*page, f'{tiny.images}/0.png')
     for name in ('a.png', 'b.png'):
         (tmp_path / name).write_text('text')

@@ -37,8 +37,8 @@ def section(title):
 
 
 def commands(title):
-    lines = '\n'.join(re.findall(r'```shell\n(.*?)```', section(title), re.DOTALL)).splitlines()
-    return [shlex.split(line) for line in lines if line]
+    text = '\n'.join(re.findall(r'```shell\n(.*?)```', section(title), re.DOTALL))
+    return [shlex.split(line) for line in text.replace('\\\n', '').splitlines() if line]
 
 
 @pytest.fixture(scope='module')

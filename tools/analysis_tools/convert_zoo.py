@@ -57,16 +57,16 @@ PROSE = """\
 # ODConv over MMDetection's zoo
 
 Made by `python tools/analysis_tools/convert_zoo.py`: detectors built from mmdet's own configs and
-converted by `convert_to_odconv(model, kernel_num={kernel_num})`, that is, the backbone with the
-stem and the 1×1 shortcuts left alone. Each of them is converted, trained for a step, tested, saved
-and loaded by `tests/test_conversion/test_zoo.py`. Of a Swin transformer the patch embedding was
-asked for, by `include='patch_embed'`: it has no other convolution.
+converted by `convert_to_odconv(model, kernel_num={kernel_num})`, that is, in the backbone
+without its stem and its 1×1 shortcuts. `tests/test_conversion/test_zoo.py` converts each of them,
+trains it for a step, tests it, saves it and loads it. A Swin transformer has no convolution but its
+patch embedding, so that was converted, by `include='patch_embed'`.
 
-Parameters are of the whole detector. MAdds are of its backbone and neck, the head being as before,
-on one image of {size}×{size} pixels as mmengine's `FlopAnalyzer` counts them: the products in
-convolutions, matrix products (the mixing of the kernel banks among them) and norms, but no
-element-wise products. By the paper's figures, for K = 4 and 224×224 pixels, ODConv adds more than
-by this way of counting, in which a backbone has no classifier:
+The parameters are those of the whole detector. The MAdds are those of backbone and neck, because
+the head does not change, on one image of {size}×{size} pixels. They are counted by MMEngine's
+`FlopAnalyzer`: products in convolutions, in norms and in matrix products, such as the mixing of
+the kernel banks, but no element-wise products. For K = 4 and 224×224 pixels, the paper's figures
+say that ODConv adds more than this way of counting does. A backbone has no classifier here:
 
 | backbone | paper, plain → ODConv | this way of counting |
 |---|---|---|
@@ -75,8 +75,8 @@ by this way of counting, in which a backbone has no classifier:
 | MobileNetV2 | 300.8 → 327.1 M | 312.9 → 323.0 M |
 """
 AFTER = """\
-*Kept* counts the convolutions inside the part that was asked for, and the special ones outside it;
-`print(report)` shows their names. The others outside are not counted.
+*Kept* counts the convolutions that stay plain in the part that is converted, and the special ones
+outside that part. `print(report)` shows their names. Other convolutions outside are not counted.
 """
 HEADER = (
     '| {} | config | converted | kept | parameters (M) | MAdds (G) |\n|---|---|---|---|---|---|\n'

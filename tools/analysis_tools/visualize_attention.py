@@ -81,12 +81,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('images', help='folder of images')
     parser.add_argument('--out-dir', default='outputs/attention', help='folder for the page')
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='least score that counts')
+    parser.add_argument(
+        '--score-thr', type=float, default=0.3, help='lowest score of a detection that counts'
+    )
     parser.add_argument(
         '--limit',
         type=cli.positive,
         default=32,
-        help='only so many images of the folder (default: 32)',
+        help='use only the first images of the folder, at most this number (default: 32)',
     )
     cli.add_config_options(parser)
     return parser.parse_args()
@@ -112,7 +114,7 @@ def look(
     model: nn.Module, config: Config, paths: list[Path], score_thr: float
 ) -> tuple[list[Picture], list[Layer]]:
     """Detect in each image, and record the attentions of each layer that is used."""
-    visualizer = VISUALIZERS.build(config.visualizer)
+    visualizer = VISUALIZERS.build(dict(config.visualizer, vis_backends=None))
     classes = model.dataset_meta['classes']
     # The config's palette is that of its data set, which can have fewer classes.
     visualizer.dataset_meta = dict(classes=classes, palette='random')
@@ -383,7 +385,7 @@ thead tr:first-child th:nth-child(2) { text-align: left; }
 <main id="top">
 <h1>$sentence</h1>
 <p>A layer is dynamic if one of its attentions has a standard deviation over the images of at least
-$least. Cells below that are coloured.</p>
+$least. Smaller values are in coloured cells.</p>
 <div class="wide"><table>
 <thead><tr><th rowspan="2">no.</th><th rowspan="2">layer</th>
 <th colspan="4">standard deviation of</th>
@@ -430,7 +432,7 @@ def main() -> None:
     paths = cli.find_images(args.images)[: args.limit]
     if len(paths) < 2:
         raise SystemExit(
-            f'{args.images}: the spread over images takes at least two of them, got {len(paths)}'
+            f'{args.images}: the spread over images needs at least two of them, got {len(paths)}'
         )
     config = cli.load_config(args.config, args.cfg_options)
     model = cli.load_detector(config, args.checkpoint, args.device, odconv=True)

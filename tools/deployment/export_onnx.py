@@ -37,7 +37,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--images', help='image or folder of images to compare on')
     parser.add_argument(
-        '--limit', type=cli.positive, default=4, help='only so many images of the folder'
+        '--limit',
+        type=cli.positive,
+        default=4,
+        help='use only the first images of the folder, at most this number',
     )
     cli.add_force(parser)
     cli.add_config_options(parser)
