@@ -139,7 +139,7 @@ def test_every_arm_builds_with_the_counts_of_its_convolutions(tool, task):
     assert counts['plain_wide_madds']['multiply_adds'] >= counts['od_k4']['multiply_adds']
 
 
-@pytest.mark.parametrize('task', ['pretrained', 'light_pretrained', 'small_batch'])
+@pytest.mark.parametrize('task', ['pretrained', 'light_pretrained', 'small_batch', 'fine_tune'])
 def test_the_rates_of_arms_from_static_weights(tool, task):
     run = tool('run')
     rates = {}

@@ -126,4 +126,8 @@ SMALL_BATCH_ARMS = {
 }
 # The same with half the channels.
 NARROW_ARMS = {arm: {**wide(8), **options} for arm, options in LIGHT_ARMS.items()}
+FINE_TUNE_ARMS = {
+    arm: {**wide(8), **options, 'optim_wrapper.optimizer.lr': 0.001}
+    for arm, options in LIGHT_PRETRAINED_ARMS.items()
+}
 NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}

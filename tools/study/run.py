@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from arms import (
     ARMS,
+    FINE_TUNE_ARMS,
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
     NARROW_ARMS,
@@ -45,6 +46,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'shapes': (STUDY / 'shapes.py', ARMS),
     'light': (STUDY / 'shapes.py', LIGHT_ARMS),
     'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
+    'fine_tune': (STUDY / 'fine_tune.py', FINE_TUNE_ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
