@@ -56,7 +56,7 @@ def test_without_its_checkpoint_hook_sigterm_is_left_alone(checkpoint):
 
 
 def test_custom_hooks_that_are_no_list_are_named():
-    with pytest.raises(SystemExit, match='^custom_hooks must be a list of hooks, got '):
+    with pytest.raises(SystemExit, match=r'^custom_hooks must be a list of hooks, got '):
         guarded(custom_hooks=dict(type='EMAHook'))
 
 
