@@ -44,6 +44,12 @@ from .conversion.errors import ConversionError
 from .functional.arguments import ArgumentError
 from .layers.odconv import _ODConvNd
 
+# What starts the processes of each launcher, and a variable that it sets.
+_STARTED_BY = dict(
+    pytorch=('torchrun, as in tools/dist_train.sh', 'RANK'),
+    slurm=('srun, as in tools/slurm_train.sh', 'SLURM_PROCID'),
+    mpi=('mpirun', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+)
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
@@ -190,7 +196,7 @@ def mistakes_in_one_sentence(config: Config) -> Iterator[None]:
 def _mistake(error: Exception, config: Config) -> str | None:
     """What a builder says about a config; None if the error may have another cause."""
     text = str(error.args[0] if error.args else error)
-    unknown = re.match(r'(\S+) is not in the \S*?(\w+) registry', text)
+    unknown = re.match(r'(\S+) is not in the (?:\S+::)?([\w ]+) registry', text)
     if unknown:
         near = _is_it(unknown[1], _registered(unknown[2]))
         return f'there is no {unknown[2]} {unknown[1]!r}{near}'
@@ -283,10 +289,17 @@ def build_runner(config: Config) -> Runner:
 
     Raises:
         SystemExit: The work folder cannot be written, the config has a mistake
-            (:func:`mistakes_in_one_sentence`), or there are several processes on this machine
-            without a GPU, and the config does not say that they use CPUs.
+            (:func:`mistakes_in_one_sentence`), the launcher did not start this process, or there
+            are several processes on this machine without a GPU, and the config does not say that
+            they use CPUs.
     """
     require_writable(config.work_dir, 'work folder', '--work-dir')
+    starter, variable = _STARTED_BY.get(config.get('launcher', 'none'), ('', ''))
+    if variable and variable not in os.environ:
+        raise SystemExit(
+            f'--launcher {config.launcher} is for processes that were started by {starter}, but '
+            f'the environment has no {variable}'
+        )
     with mistakes_in_one_sentence(config), _processes_on_cpus(config):
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 

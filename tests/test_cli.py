@@ -11,6 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import BaseModule, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -195,6 +196,19 @@ def test_processes_without_a_gpu_are_told_how_to_use_cpus(several_processes):
         cli.build_runner(several_processes)
 
 
+@pytest.mark.parametrize(
+    ('launcher', 'variable', 'starter'),
+    [('pytorch', 'RANK', 'torchrun'), ('slurm', 'SLURM_PROCID', 'srun')],
+)
+def test_a_launcher_that_did_not_start_the_process_is_named(
+    several_processes, monkeypatch, launcher, variable, starter
+):
+    monkeypatch.delenv(variable, raising=False)
+    several_processes.launcher = launcher
+    with pytest.raises(SystemExit, match=f'--launcher {launcher} .* by {starter}.* no {variable}$'):
+        cli.build_runner(several_processes)
+
+
 def test_processes_train_on_cpus(several_processes):
     several_processes.env_cfg.dist_cfg = dict(backend='gloo', timeout=60)
     choose = torch.cuda.set_device
@@ -223,6 +237,15 @@ def test_a_wrong_name_in_a_config_ends_in_one_sentence(tmp_path, changes, messag
     config.merge_from_dict(dict(model=changes, work_dir=str(tmp_path)))
     with pytest.raises(SystemExit, match=rf'retinanet_od_r18_shapes\.py: {message}'):
         cli.build_runner(config)
+
+
+def test_an_unknown_scheduler_is_named():
+    config = cli.load_config(CONFIG)
+    with (
+        pytest.raises(SystemExit, match="no parameter scheduler 'LinerLR'; is it LinearLR"),
+        cli.mistakes_in_one_sentence(config),
+    ):
+        PARAM_SCHEDULERS.build(dict(type='LinerLR'))
 
 
 def test_an_unknown_optimizer_is_named():

@@ -134,7 +134,8 @@ def main() -> None:
     if args.fuse_conv_bn or args.onnx:
         drop_ema(config)
     runner = cli.build_runner(config)
-    require_fit(runner, args.checkpoint)
+    with cli.mistakes_in_one_sentence(config):
+        require_fit(runner, args.checkpoint)
     if args.fuse_conv_bn:
         runner.load_or_resume()  # the statistics to fold are the checkpoint's
         runner.model.eval()

@@ -49,9 +49,11 @@ def add_guards(config: Config) -> None:
     guards = ['NonFiniteHook']
     if checkpoint and _name(checkpoint) == 'SafeCheckpointHook':
         guards.append('PreemptionHook')
-    custom = list(config.get('custom_hooks') or [])
+    custom = config.get('custom_hooks') or []
+    if not isinstance(custom, (list, tuple)):
+        raise SystemExit(f'custom_hooks must be a list of hooks, got {custom}')
     present = {_name(hook) for hook in custom}
-    config.custom_hooks = custom + [dict(type=name) for name in guards if name not in present]
+    config.custom_hooks = [*custom] + [dict(type=name) for name in guards if name not in present]
 
 
 def _name(hook: dict[str, Any]) -> str:

@@ -66,8 +66,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         # Its own text says how to run such a file all the same.
         found = re.search(r'GLOBAL (\S+)', str(error))
-        what = f'asks for {found[1]}, which no weights need' if found else 'is not just weights'
-        return f'it {what}; nothing of it was run'
+        if found is None:
+            return 'it is not a file of weights; nothing of it was run'
+        return f'it asks for {found[1]}, which no weights need; nothing of it was run'
     return str(error).strip().partition('\n')[0] or type(error).__name__
 
 

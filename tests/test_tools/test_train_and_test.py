@@ -176,3 +176,14 @@ def test_what_is_missing_is_said_in_one_sentence(trained, args, message):
     result = run_tool(*args, shapes=trained.shapes, ok=False)
     assert message in result.stderr.splitlines()[-1]
     assert 'Traceback' not in result.stderr
+
+
+def test_a_metric_that_there_is_not_ends_in_one_sentence(trained, tmp_path):
+    result = run_tool(
+        *('test.py', CONFIG, trained.checkpoint, '--work-dir', tmp_path),
+        *('--cfg-options', *SMALL, 'test_evaluator.metric=bbx'),
+        shapes=trained.shapes,
+        ok=False,
+    )
+    assert 'but got bbx' in result.stderr.splitlines()[-1]
+    assert 'Traceback' not in result.stderr

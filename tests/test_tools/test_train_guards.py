@@ -55,6 +55,11 @@ def test_without_its_checkpoint_hook_sigterm_is_left_alone(checkpoint):
     assert config['custom_hooks'] == [NON_FINITE]
 
 
+def test_custom_hooks_that_are_no_list_are_named():
+    with pytest.raises(SystemExit, match=r'^custom_hooks must be a list of hooks, got '):
+        guarded(custom_hooks=dict(type='EMAHook'))
+
+
 def test_a_runner_of_another_kind_keeps_its_hooks():
     assert guarded(runner_type='FlexibleRunner') == dict(runner_type='FlexibleRunner')
 
