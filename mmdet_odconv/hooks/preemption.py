@@ -74,6 +74,21 @@ class PreemptionHook(Hook):
 
     def _end_of_training(self) -> None:
         self._training.value = 0
+        _let_sigterm_in()
+
+    # The workers of an epoch start between its beginning and its first iteration. A signal would
+    # end a worker that has no handler of its own yet, so they start with the signal held back.
+    def before_train_epoch(self, runner: Runner) -> None:
+        _hold_sigterm_back()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        _hold_sigterm_back()
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        _let_sigterm_in()
+
+    def before_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        _let_sigterm_in()
 
     def after_train(self, runner: Runner) -> None:
         self._end()
@@ -132,6 +147,17 @@ def _defer_sigterm(then: Callable[[int], None] | None, training: Any, worker_id:
             os._exit(0)  # as PyTorch's workers do; any other end is an error to the main process
 
     signal.signal(signal.SIGTERM, end_after_training)
-    end_after_training()  # a signal before this has had no effect
+    _let_sigterm_in()
+    end_after_training()  # a signal that came before this, and was not held back, had no effect
     if then is not None:
         then(worker_id)
+
+
+def _hold_sigterm_back() -> None:
+    if hasattr(signal, 'pthread_sigmask'):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _let_sigterm_in() -> None:
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

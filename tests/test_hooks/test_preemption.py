@@ -48,6 +48,11 @@ def train(work_dir, signal_at=None, group=False, **options):
     runner(work_dir, hooks=hooks, **options).train()
 
 
+def train_slowly(*args, **kwargs):
+    os.register_at_fork(after_in_child=lambda: time.sleep(0.5))  # workers that start slowly
+    train(*args, **kwargs)
+
+
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('undisturbed')
@@ -98,14 +103,18 @@ def test_a_run_by_iterations(tmp_path):
 
 @pytest.mark.parametrize(
     ('moment', 'iteration', 'done'),
-    [('before_train_iter', 6, 7), ('before_val_iter', BATCHES, BATCHES)],
+    [
+        ('before_train_iter', 6, 7),
+        ('before_train_iter', 0, 1),
+        ('before_val_iter', BATCHES, BATCHES),
+    ],
 )
 def test_a_signal_to_the_workers_too(tmp_path, moment, iteration, done):
     """Slurm signals every process of a job; workers that died would end the iteration."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     options = dict(num_workers=2, epochs=2)
     assert InChild(train, whole, **options).wait() == 0
-    child = InChild(train, parts, signal_at=(moment, iteration), group=True, **options)
+    child = InChild(train_slowly, parts, signal_at=(moment, iteration), group=True, **options)
     assert child.wait() == 99
     assert latest_checkpoint(str(parts)).meta['iter'] == done
     assert InChild(train, parts, resume=True, **options).wait() == 0

@@ -131,3 +131,6 @@ FINE_TUNE_ARMS = {
     for arm, options in LIGHT_PRETRAINED_ARMS.items()
 }
 NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}
+BATCH2_ARMS = {
+    arm: {**options, 'optim_wrapper.optimizer.lr': 0.001} for arm, options in NARROW_ARMS.items()
+}

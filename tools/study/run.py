@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from arms import (
     ARMS,
+    BATCH2_ARMS,
     FINE_TUNE_ARMS,
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
@@ -47,6 +48,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'light': (STUDY / 'shapes.py', LIGHT_ARMS),
     'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
     'fine_tune': (STUDY / 'fine_tune.py', FINE_TUNE_ARMS),
+    'batch2': (STUDY / 'batch2.py', BATCH2_ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),

@@ -32,6 +32,7 @@ TASKS = (
     'narrow',
     'pretrained',
     'light_pretrained',
+    'batch2',
     'small_batch',
     'fine_tune',
     'deeppcb',
