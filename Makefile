@@ -3,6 +3,7 @@
 #   make demo   train an ODConv RetinaNet on generated shapes, evaluate it, draw the results
 #   make test   the test suite; with STACK=onedl or TORCH=torch==VERSION on other packages
 #   make lint   ruff and mypy
+#   make slow   whole tools one after another, every detector of MMDetection: ten minutes
 #   make faults trainings that are killed, on full disks, with broken files: many minutes
 #   make fuzz   3,000 layers with options drawn by chance, against the formula
 #   make load   memory and open files over 2,000 iterations, many image sizes, many threads
@@ -36,7 +37,7 @@ DEMO_DATA := data/shapes
 
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test lint faults fuzz load docs docs-serve docs-check cuda study study-run road pretrain-and-detect \
+.PHONY: demo test slow lint faults fuzz load docs docs-serve docs-check cuda study study-run road pretrain-and-detect \
     clean setup
 
 setup: $(READY)
@@ -47,6 +48,9 @@ $(READY): setup.py $(wildcard requirements/*.txt) tools/setup_venv.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
@@ -73,7 +77,7 @@ docs-serve: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 docs-check: $(READY)
-	DOCS_CHECK=1 $(BIN)/python -m pytest -n0 tests/test_docs.py
+	DOCS_CHECK=1 $(BIN)/python -m pytest -n0 -m 'slow or not slow' tests/test_docs.py
 
 study: $(READY)
 	$(BIN)/python tools/study/table.py

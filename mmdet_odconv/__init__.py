@@ -32,6 +32,7 @@ from .layers import (  # noqa: E402
     ODConv1d,
     ODConv2d,
     ODConv3d,
+    RunningNorm,
     set_temperature,
     use_valid_pooling,
 )
@@ -57,6 +58,7 @@ __all__ = [
     'ODResNet',
     'ODResNetV1d',
     'PreemptionHook',
+    'RunningNorm',
     'SafeCheckpointHook',
     '__version__',
     'convert_to_odconv',

@@ -23,7 +23,7 @@ settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'suite'))
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that take many minutes, unless ``-m`` asks for their mark."""
-    for mark in ('faults', 'load'):
+    for mark in ('slow', 'faults', 'load'):
         if mark not in config.option.markexpr:
             left_out = [item for item in items if item.get_closest_marker(mark)]
             config.hook.pytest_deselected(items=left_out)

@@ -15,6 +15,8 @@ from tests.conftest import ROOT
 from tests.predictions import predict
 
 DETECTORS = sorted((ROOT / 'configs/odconv').glob('*.py'))
+# What differs from another config in its depth or number of kernels alone is left to `make slow`.
+VARIANTS = ('_k1', '_k2', '_scratch', 'mask-rcnn_od_r18', 'mask-rcnn_od_mobilenetv2')
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,17 @@ def _scope():
 
 
 @pytest.mark.usefixtures('_first_iteration')
-@pytest.mark.parametrize('path', DETECTORS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[pytest.mark.slow] if any(name in path.stem for name in VARIANTS) else [],
+        )
+        for path in DETECTORS
+    ],
+)
 def test_a_config_builds_a_detector_that_trains_and_predicts(path):
     config = Config.fromfile(path)
     if 'num_queries' in config.model:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..deployment import keep_fuse_methods_right
 from ..functional.arguments import ArgumentError, check_integer
-from ..layers import DYNAMIC_TYPES, ODConv1d, ODConv2d, ODConv3d
+from ..layers import DYNAMIC_TYPES, ODConv1d, ODConv2d, ODConv3d, RunningNorm
 from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
@@ -207,17 +207,17 @@ def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
 def _warn_of_shared_norms(
     layers: dict[nn.Module, Any], convolutions: dict[nn.Module, list[Site]]
 ) -> None:
-    """Say so if a BatchNorm of an attention would mix the statistics of pyramid levels."""
+    """Say so if the statistics of an attention's norm would mix pyramid levels."""
     names = [
         convolutions[conv][0].name
         for conv, layer in layers.items()
-        if isinstance(layer.attention.bn, _BatchNorm)
+        if isinstance(layer.attention.bn, _BatchNorm | RunningNorm)
         and any(serves_several_levels(site) for site in convolutions[conv])
     ]
     if names:
         warnings.warn(
             f'{len(names)} converted convolutions ({names[0]} and so on) are in a head that is '
-            'applied to every level of the pyramid. The BatchNorms of their attentions mix the '
+            'applied to every level of the pyramid. The norms of their attentions mix the '
             "levels' statistics; pass norm_cfg=dict(type='LN')",
             stacklevel=3,
         )

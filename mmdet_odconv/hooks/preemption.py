@@ -57,6 +57,7 @@ class PreemptionHook(Hook):
             )
         self._checkpoints = found[0]
         if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         # Slurm, for one, signals all processes of a job, and without its workers an iteration
         # cannot be finished. When a process ends, also by an error, Python ends workers that are
@@ -64,10 +65,12 @@ class PreemptionHook(Hook):
         # started, as torch.multiprocessing.spawn does, calls no function of atexit.
         self._training = multiprocessing.RawValue('b', 1)
         self._end = multiprocessing.util.Finalize(None, self._end_of_training, exitpriority=0)
-        loader = runner.train_loop.dataloader
-        loader.worker_init_fn = functools.partial(
-            _defer_sigterm, loader.worker_init_fn, self._training
-        )
+        for loop in (runner.train_loop, runner.val_loop):
+            if loop is not None:
+                loader = loop.dataloader
+                loader.worker_init_fn = functools.partial(
+                    _defer_sigterm, loader.worker_init_fn, self._training
+                )
 
     def _end_of_training(self) -> None:
         self._training.value = 0
@@ -90,7 +93,12 @@ class PreemptionHook(Hook):
         if self._anywhere(runner):
             self._stop(runner, runner.iter)
 
-    def _receive(self, *args: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:
+            # A process that was forked since, which Python ends so, and waits for.
+            signal.signal(number, self._previous)
+            os.kill(os.getpid(), number)
+            return
         self._received = True
         print_log('SIGTERM: the training stops after this iteration', logger='current')
 

@@ -3,6 +3,7 @@
 from .attention import ODConvAttention, set_temperature
 from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
+from .running_norm import RunningNorm
 from .valid_pooling import use_valid_pooling
 
 # All layers that have a bank of kernels.
@@ -16,6 +17,7 @@ __all__ = [
     'ODConv2d',
     'ODConv3d',
     'ODConvAttention',
+    'RunningNorm',
     'set_temperature',
     'use_valid_pooling',
 ]

@@ -21,6 +21,7 @@ from ..compat import is_compiling, without_autocast
 from ..functional import Attentions, at_least_float32, sigmoid_attention, softmax_attention
 from ..functional.arguments import ArgumentError, check_integer, check_number, check_positive
 from ..functional.attention import cast
+from .running_norm import RunningNorm
 
 
 class ODConvAttention(nn.Module):
@@ -46,8 +47,8 @@ class ODConvAttention(nn.Module):
             heads read the average GAP(x) itself. Default: 1/16.
         min_attention_channels (int): The least width of h. Default: 16.
         temperature (float): T, positive. Default: 1.0.
-        norm_cfg (dict, optional): Norm of h: BN, SyncBN, LN or GN with their arguments, or None
-            for no norm. Default: ``dict(type='BN')``.
+        norm_cfg (dict, optional): Norm of h: BN, SyncBN, RunningNorm, LN or GN with their
+            arguments, or None for no norm. Default: ``dict(type='BN')``.
         attention_init (str): 'zero' or 'published', see :meth:`reset_parameters`.
             Default: 'zero'.
         attention_bias (float): Bias of the channel, filter and spatial head at the 'zero' start.
@@ -229,7 +230,7 @@ class ODConvAttention(nn.Module):
     def _normalise(self, h: Tensor) -> Tensor:
         """``self.bn`` on h, shape (B, A), also where a BatchNorm has too few values."""
         norm = self.bn
-        if isinstance(norm, nn.Identity | nn.LayerNorm):
+        if isinstance(norm, nn.Identity | nn.LayerNorm | RunningNorm):
             return norm(h)
         few = isinstance(norm, _BatchNorm) and norm.training and h.shape[0] < 4
         if few and h.shape[0] > 1 and not is_compiling() and not _is_synchronised(norm):

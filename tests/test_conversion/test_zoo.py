@@ -20,6 +20,12 @@ SPEC = importlib.util.spec_from_file_location(
 TOOL = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TOOL)
 
+# One of each kind; the others are left to `make slow`.
+QUICK = {'RetinaNet', 'FCOS', 'YOLOX', 'RTMDet', 'Faster R-CNN', 'DETR', 'MobileNetV2', 'Swin'}
+FAMILIES = [
+    family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
+    for family in (*TOOL.DETECTORS, *TOOL.BACKBONES)
+]
 WITH_MASKS = ('Mask R-CNN', 'HTC', 'Swin')
 RESIDUAL = ('ResNet', 'ResNeXt', 'Res2Net', 'ResNeSt', 'RegNet')
 SIZES = {'SSD': 300}
@@ -80,7 +86,7 @@ def features(model, batch):
 
 
 @pytest.mark.usefixtures('_first_iteration')
-@pytest.mark.parametrize('family', [*TOOL.DETECTORS, *TOOL.BACKBONES])
+@pytest.mark.parametrize('family', FAMILIES)
 def test_a_converted_detector_trains_predicts_saves_and_loads(family, tmp_path):
     if family == 'PAA':
         pytest.importorskip('sklearn')  # its head fits Gaussian mixtures in training

@@ -1,5 +1,7 @@
+import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from unittest import mock
 
@@ -29,8 +31,12 @@ class Signal(Hook):
     def _send(self, runner, *args, **kwargs):
         if runner.iter == self.iteration:
             self.iteration = None
-            send = os.killpg if self.group else os.kill
-            send(os.getpid(), signal.SIGTERM)
+            if self.group:
+                # Workers end in another way, without an error, if their own parent sends it.
+                subprocess.run(['kill', '-TERM', '--', f'-{os.getpgrp()}'])
+                time.sleep(0.5)  # in which the loss of a worker would be noticed
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train(work_dir, signal_at=None, group=False, **options):
@@ -90,23 +96,25 @@ def test_a_run_by_iterations(tmp_path):
     assert_equal_bit_for_bit(weights_of(parts / 'iter_10.pth'), weights_of(whole / 'iter_10.pth'))
 
 
-def test_a_signal_to_the_workers_too(tmp_path):
+@pytest.mark.parametrize(
+    ('moment', 'iteration', 'done'),
+    [('before_train_iter', 6, 7), ('before_val_iter', BATCHES, BATCHES)],
+)
+def test_a_signal_to_the_workers_too(tmp_path, moment, iteration, done):
     """Slurm signals every process of a job; workers that died would end the iteration."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     options = dict(num_workers=2, epochs=2)
     assert InChild(train, whole, **options).wait() == 0
-    child = InChild(train, parts, signal_at=('before_train_iter', 6), group=True, **options)
+    child = InChild(train, parts, signal_at=(moment, iteration), group=True, **options)
     assert child.wait() == 99
+    assert latest_checkpoint(str(parts)).meta['iter'] == done
     assert InChild(train, parts, resume=True, **options).wait() == 0
     assert_equal_bit_for_bit(weights_of(parts / 'epoch_2.pth'), weights_of(whole / 'epoch_2.pth'))
 
 
 def test_workers_that_persist_end_with_the_training(tmp_path):
     child = InChild(train, tmp_path, epochs=1, num_workers=2, persistent_workers=True)
-    child.process.join(120)
-    ended = child.process.exitcode
-    child.process.kill()
-    assert ended == 0
+    assert child.wait() == 0
 
 
 def failing(work_dir):
@@ -116,11 +124,7 @@ def failing(work_dir):
 
 def test_workers_end_with_a_training_that_an_image_has_ended(tmp_path):
     """Here in a process that multiprocessing started, as sweeps of settings start theirs."""
-    child = InChild(failing, tmp_path)
-    child.process.join(120)
-    ended = child.process.exitcode
-    child.process.kill()
-    assert ended == 1
+    assert InChild(failing, tmp_path).wait() == 1
 
 
 def no_order(self):
@@ -134,11 +138,23 @@ def failing_at_once(work_dir):
 
 
 def test_workers_that_still_start_end_with_a_training_that_has_failed(tmp_path):
-    child = InChild(failing_at_once, tmp_path)
-    child.process.join(60)
-    ended = child.process.exitcode
-    child.process.kill()
-    assert ended == 1
+    assert InChild(failing_at_once, tmp_path).wait() == 1
+
+
+class StartsHelper(Hook):
+    """Starts a process that Python ends by SIGTERM when the training's ends."""
+
+    def before_train_epoch(self, runner):
+        sleep = dict(target=time.sleep, args=(10_000,), daemon=True)
+        multiprocessing.get_context('fork').Process(**sleep).start()
+
+
+def train_with_helper(work_dir):
+    runner(work_dir, epochs=1, hooks=[dict(type='PreemptionHook'), StartsHelper()]).train()
+
+
+def test_other_processes_end_by_sigterm(tmp_path):
+    assert InChild(train_with_helper, tmp_path).wait() == 0
 
 
 def test_an_epoch_of_another_length_starts_anew(tmp_path):

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 EPOCHS, BATCHES = 3, 3
 # Seconds that a process waits for the others: also while they import MMDetection.
-PATIENCE = 60
+PATIENCE = 120
 ADDRESSES = '10.213.77.1', '10.213.77.2'
 
 
@@ -151,7 +151,7 @@ def test_a_host_without_network_ends_the_run_which_goes_on_later(hosts, tmp_path
 
 
 def test_a_killed_host_joins_again_while_the_other_waits(hosts, tmp_path):
-    """torchrun's own restart, as docs/training.md has it."""
+    """torchrun's own restart, as docs/distributed.md has it."""
 
     def start(rank, cut_off=''):
         config, *options = hosts.arguments

@@ -121,7 +121,9 @@ def test_no_logs(tool, tmp_path, capsys):
     assert 'has no log' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('task', ['shapes', 'light'])
+@pytest.mark.parametrize(
+    'task', ['narrow', *(pytest.param(t, marks=pytest.mark.slow) for t in ('shapes', 'light'))]
+)
 def test_every_arm_builds_with_the_counts_of_its_convolutions(tool, task):
     run = tool('run')
     counts = {arm: run.count(run.arm_config(arm, 0, task=task)) for arm in run.TASKS[task][1]}
@@ -137,7 +139,7 @@ def test_every_arm_builds_with_the_counts_of_its_convolutions(tool, task):
     assert counts['plain_wide_madds']['multiply_adds'] >= counts['od_k4']['multiply_adds']
 
 
-@pytest.mark.parametrize('task', ['pretrained', 'light_pretrained', 'small_batch'])
+@pytest.mark.parametrize('task', ['pretrained', 'light_pretrained', 'small_batch', 'fine_tune'])
 def test_the_rates_of_arms_from_static_weights(tool, task):
     run = tool('run')
     rates = {}

@@ -27,6 +27,7 @@ def wide(channels: int) -> Options:
 
 
 LN = dict(type='LN')
+RUNNING = dict(type='RunningNorm')
 BANK_RATE = 2.0  # what pretrained.py gives the banks, which start from static weights
 
 
@@ -76,6 +77,7 @@ ARMS: dict[str, Options] = {
     'od_k4': dynamic(4),
     'od_k1_ln': dynamic(1, norm_cfg=LN),
     'od_k4_ln': dynamic(4, norm_cfg=LN),
+    'od_k4_running': dynamic(4, norm_cfg=RUNNING),
     'od_k4_paper': PAPER,
     'od_k4_ln_attention10': attention_rate(dynamic(4, norm_cfg=LN), 10.0),
     'condconv_k4': dynamic(4, type='CondConv2d'),
@@ -100,6 +102,7 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4_ln_spread2': bank_rate(dynamic(4, norm_cfg=LN, spread=2.0), 1.0),
     'od_k4_ln_frozen_banks': frozen_banks(dynamic(4, norm_cfg=LN)),
     'od_k4': dynamic(4),
+    'od_k4_running': dynamic(4, norm_cfg=RUNNING),
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
 }
@@ -117,6 +120,14 @@ LIGHT: Options = {
 }
 LIGHT_ARMS = {arm: {**LIGHT, **options} for arm, options in ARMS.items()}
 LIGHT_PRETRAINED_ARMS = {arm: {**LIGHT, **options} for arm, options in PRETRAINED_ARMS.items()}
+SMALL_BATCH_ARMS = {
+    arm: {**options, 'optim_wrapper.optimizer.lr': 0.002}
+    for arm, options in LIGHT_PRETRAINED_ARMS.items()
+}
 # The same with half the channels.
 NARROW_ARMS = {arm: {**wide(8), **options} for arm, options in LIGHT_ARMS.items()}
+FINE_TUNE_ARMS = {
+    arm: {**wide(8), **options, 'optim_wrapper.optimizer.lr': 0.001}
+    for arm, options in LIGHT_PRETRAINED_ARMS.items()
+}
 NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}

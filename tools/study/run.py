@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from arms import (
     ARMS,
+    FINE_TUNE_ARMS,
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
     NARROW_ARMS,
     PRETRAINED_ARMS,
+    SMALL_BATCH_ARMS,
     Options,
 )
 from mmdet.registry import MODELS
@@ -44,10 +46,11 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'shapes': (STUDY / 'shapes.py', ARMS),
     'light': (STUDY / 'shapes.py', LIGHT_ARMS),
     'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
+    'fine_tune': (STUDY / 'fine_tune.py', FINE_TUNE_ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
-    'small_batch': (STUDY / 'small_batch.py', PRETRAINED_ARMS),
+    'small_batch': (STUDY / 'small_batch.py', SMALL_BATCH_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')

@@ -7,8 +7,7 @@ _base_ = './pretrained.py'
 
 model = dict(backbone=dict(norm_eval=True, frozen_stages=1))
 
-train_dataloader = dict(batch_size=2, dataset=dict(indices=6000))
-optim_wrapper = dict(optimizer=dict(lr=0.0005))
+train_dataloader = dict(batch_size=2)
 train_cfg = dict(max_epochs=1)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(T_max=1, end=1)

@@ -33,6 +33,7 @@ TASKS = (
     'pretrained',
     'light_pretrained',
     'small_batch',
+    'fine_tune',
     'deeppcb',
 )
 START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
