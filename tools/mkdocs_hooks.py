@@ -2,10 +2,12 @@
 
 - Files of the repository that are pages too (the changelog, how to contribute, the configs) are
   read from where they are, and links between them and the folder docs lead to the pages.
-- Docstrings are brought into the form that mkdocstrings reads.
+- Docstrings are brought into the form that mkdocstrings reads, computed ones too.
 """
 
+import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,13 @@ class Docstrings(griffe.Extension):
             text = _ROLE.sub(self._link, obj.docstring.value)
             text = re.sub(r'::$', ':', text, flags=re.MULTILINE)
             obj.docstring.value = _TOGETHER.sub(_one_by_one, text)
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Give a class that computes its docstring the one that it has."""
+        if cls.docstring is None and '__doc__' in cls.members:
+            text = inspect.getdoc(getattr(import_module(cls.module.path), cls.name))
+            cls.docstring = griffe.Docstring(text or '', parent=cls)
+            self.on_instance(obj=cls)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Give the layers the docstring that they share at run time."""

@@ -35,16 +35,20 @@ class _ODResidualBlocks(ODConvBackbone):
 
 @MODELS.register_module()
 class ODResNet(_ODResidualBlocks, ResNet):
-    __doc__ = f'ResNet with ODConv (depth 18, 34, 50, 101, 152).\n{_ODResidualBlocks.__doc__}'
+    __doc__ = f"""ResNet with ODConv (depth 18, 34, 50, 101, 152).
+
+    {_ODResidualBlocks.__doc__}"""
 
 
 @MODELS.register_module()
 class ODResNetV1d(_ODResidualBlocks, ResNetV1d):
-    __doc__ = (
-        f'ResNetV1d (deep stem, average-pooled shortcuts) with ODConv.\n{_ODResidualBlocks.__doc__}'
-    )
+    __doc__ = f"""ResNetV1d (deep stem, average-pooled shortcuts) with ODConv.
+
+    {_ODResidualBlocks.__doc__}"""
 
 
 @MODELS.register_module()
 class ODResNeXt(_ODResidualBlocks, ResNeXt):
-    __doc__ = f'ResNeXt (depth 50, 101, 152) with ODConv.\n{_ODResidualBlocks.__doc__}'
+    __doc__ = f"""ResNeXt (depth 50, 101, 152) with ODConv.
+
+    {_ODResidualBlocks.__doc__}"""
