@@ -2,11 +2,12 @@
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 
 @MODELS.register_module()
-class RunningNorm(nn.Module):
+class RunningNorm(_NormBase):
     """Normalise by running statistics, in training as well as in evaluation.
 
     A BatchNorm in training takes the mean and the variance of its batch, which say nothing if the
@@ -35,6 +36,7 @@ class RunningNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(
         self,
@@ -44,24 +46,7 @@ class RunningNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.register_buffer('running_mean', torch.empty_like(self.weight, requires_grad=False))
-        self.register_buffer('running_var', torch.empty_like(self.weight, requires_grad=False))
-        self.register_buffer('num_batches_tracked', torch.tensor(0, device=device))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the layer as the constructor does."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
+        super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """From (B, C) or (B, C, 1, ...) to the same shape; B may be 1 or 0."""
@@ -84,6 +69,3 @@ class RunningNorm(nn.Module):
 
     def _share(self, share: Tensor) -> Tensor:
         return share.clamp(min=self.momentum).to(self.running_mean)
-
-    def extra_repr(self) -> str:
-        return f'{self.num_features}, eps={self.eps}, momentum={self.momentum}'
