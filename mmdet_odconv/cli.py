@@ -136,9 +136,10 @@ def _require_no_misspelt_key(path: str) -> None:
         return
     tree = ast.parse(Path(path).expanduser().read_bytes())
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    known = _runner_keys() | {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    keys = _runner_keys()
+    known = keys | {name.id for name in names if isinstance(name.ctx, ast.Load)}
     for name in names:
-        near = difflib.get_close_matches(name.id, _runner_keys(), n=1, cutoff=0.85)
+        near = difflib.get_close_matches(name.id, keys, n=1, cutoff=0.85)
         if name.id not in known and near:
             raise SystemExit(
                 f'{path}, line {name.lineno}: no part of a training reads {name.id!r}; is it '
