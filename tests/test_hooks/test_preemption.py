@@ -141,9 +141,8 @@ def no_order(self):
 
 
 def failing_at_once(work_dir):
-    os.register_at_fork(after_in_child=lambda: time.sleep(1))  # workers that start slowly
     with mock.patch('mmengine.dataset.DefaultSampler.__iter__', no_order):
-        train(work_dir, num_workers=2)
+        train_slowly(work_dir, num_workers=2)
 
 
 def test_workers_that_still_start_end_with_a_training_that_has_failed(tmp_path):
