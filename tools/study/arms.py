@@ -71,6 +71,11 @@ def attention_rate(options: Options, factor: float) -> Options:
     }
 
 
+def at_rate(arms: dict[str, Options], rate: float) -> dict[str, Options]:
+    """The arms with another learning rate."""
+    return {arm: {**options, 'optim_wrapper.optimizer.lr': rate} for arm, options in arms.items()}
+
+
 ARMS: dict[str, Options] = {
     'plain': {},
     'od_k1': dynamic(1),
@@ -120,17 +125,11 @@ LIGHT: Options = {
 }
 LIGHT_ARMS = {arm: {**LIGHT, **options} for arm, options in ARMS.items()}
 LIGHT_PRETRAINED_ARMS = {arm: {**LIGHT, **options} for arm, options in PRETRAINED_ARMS.items()}
-SMALL_BATCH_ARMS = {
-    arm: {**options, 'optim_wrapper.optimizer.lr': 0.002}
-    for arm, options in LIGHT_PRETRAINED_ARMS.items()
-}
+SMALL_BATCH_ARMS = at_rate(LIGHT_PRETRAINED_ARMS, 0.002)
 # The same with half the channels.
 NARROW_ARMS = {arm: {**wide(8), **options} for arm, options in LIGHT_ARMS.items()}
-FINE_TUNE_ARMS = {
-    arm: {**wide(8), **options, 'optim_wrapper.optimizer.lr': 0.001}
-    for arm, options in LIGHT_PRETRAINED_ARMS.items()
-}
 NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}
-BATCH2_ARMS = {
-    arm: {**options, 'optim_wrapper.optimizer.lr': 0.001} for arm, options in NARROW_ARMS.items()
-}
+BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
+FINE_TUNE_ARMS = at_rate(
+    {arm: {**wide(8), **options} for arm, options in LIGHT_PRETRAINED_ARMS.items()}, 0.001
+)
