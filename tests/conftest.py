@@ -37,12 +37,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def _first_iteration() -> None:
+def tell_the_first_iteration() -> None:
     """What a runner tells the parts of a detector that ask how far the training is."""
     hub = MessageHub.get_current_instance()  # of the latest runner, if another test had one
     hub.update_info('epoch', 0)
     hub.update_info('iter', 0)
+
+
+@pytest.fixture
+def _first_iteration() -> None:
+    tell_the_first_iteration()
 
 
 @pytest.fixture

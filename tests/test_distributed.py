@@ -17,14 +17,13 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 
 from mmdet_odconv.checkpoint import Checkpoint
 from mmdet_odconv.cli import require_same_start
 from mmdet_odconv.layers.odconv import _ODConvNd
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tell_the_first_iteration
 from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
 
 try:
@@ -61,9 +60,7 @@ def in_processes(world_size, function, folder):
 def small(name, **head):
     """The detector of a config, smaller, with a frozen stage and activation checkpointing."""
     register_all_modules()
-    hub = MessageHub.get_current_instance()
-    hub.update_info('epoch', 0)
-    hub.update_info('iter', 0)
+    tell_the_first_iteration()
     config = Config.fromfile(ROOT / f'configs/odconv/{name}.py').model
     config.backbone.update(
         depth=18, base_channels=8, with_cp=True, frozen_stages=1, norm_eval=True, init_cfg=None
