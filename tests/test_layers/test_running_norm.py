@@ -85,8 +85,10 @@ def test_compiles_as_one_graph_with_the_same_gradients_and_statistics():
     layer = copy.deepcopy(eager)
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
     for x in torch.randn(3, 2, 4, 6, 6):
-        eager(x).square().sum().backward()
-        compiled(x).square().sum().backward()
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        eager(one).square().sum().backward()
+        compiled(other).square().sum().backward()
+        torch.testing.assert_close(other.grad, one.grad)
     for one, other in zip(eager.parameters(), layer.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad)
     torch.testing.assert_close(layer.state_dict(), eager.state_dict())
