@@ -47,20 +47,21 @@ def log(arm, seed, ap, loss):
 
 def test_table_and_figures(tool, tmp_path, capsys):
     logs = tmp_path / 'logs'
-    logs.mkdir()
+    main = logs / 'narrow'
+    main.mkdir(parents=True)
     for entry in (log('a', 0, 0.42, 0.5), log('a', 1, 0.46, 0.7), log('b', 0, 0.30, 0.9)):
-        (logs / f'{entry["arm"]}-{entry["seed"]}.json').write_text(json.dumps(entry))
+        (main / f'{entry["arm"]}-{entry["seed"]}.json').write_text(json.dumps(entry))
     table = tool('table')
     small = logs / 'small_batch'
     small.mkdir()
     (small / 'a-0.json').write_text(json.dumps(log('a', 0, 0.2, 0.9)))
-    shapes, other = table.START.format('shapes'), table.START.format('small_batch')
+    narrow, other = table.START.format('narrow'), table.START.format('small_batch')
     page = tmp_path / 'page.md'
-    page.write_text(f'one\n{shapes}\nold\n{table.END}\ntwo\n{other}\n{table.END}\nthree\n')
+    page.write_text(f'one\n{narrow}\nold\n{table.END}\ntwo\n{other}\n{table.END}\nthree\n')
     table.main(['--logs', str(logs), '--out', str(tmp_path), '--page', str(page)])
     capsys.readouterr()
     first, second = page.read_text().split('two')
-    assert first.startswith(f'one\n{shapes}\n| arm |')
+    assert first.startswith(f'one\n{narrow}\n| arm |')
     assert 'old' not in first
     assert second.startswith(f'\n{other}\n| arm |')
     assert second.endswith(f'{table.END}\nthree\n')

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Train the arms of the study that have no log yet; a run that was stopped goes on.
 
-Every run has one thread, and two go side by side. Of each, a small log of scalars stays in
-docs/study/logs (of a task other than the shapes: in its folder there); table.py makes the tables
-and figures from them.
+Every run has one thread, and two go side by side. Of each, a small log of scalars stays in the
+task's folder in docs/study/logs; table.py makes the tables and figures from them.
 
 Example: python tools/study/run.py plain od_k4 --seeds 0 1 2
 """
@@ -29,6 +28,7 @@ from arms import (
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
     NARROW_ARMS,
+    NARROW_PRETRAINED_ARMS,
     PRETRAINED_ARMS,
     SMALL_BATCH_ARMS,
     Options,
@@ -52,6 +52,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'deeppcb': (STUDY / 'deeppcb.py', ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
+    'narrow_pretrained': (STUDY / 'pretrained.py', NARROW_PRETRAINED_ARMS),
     'small_batch': (STUDY / 'small_batch.py', SMALL_BATCH_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'
@@ -59,7 +60,7 @@ METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
 
 def arm_config(
-    arm: str, seed: int, options: dict[str, Any] | None = None, task: str = 'shapes'
+    arm: str, seed: int, options: dict[str, Any] | None = None, task: str = 'narrow'
 ) -> Config:
     """The config of a run.
 
@@ -68,7 +69,7 @@ def arm_config(
             learning rate.
         seed (int): Seed of the weights' start and of the order of the data.
         options (dict, optional): Further changes, as of ``--cfg-options``. Default: None.
-        task (str): One of ``TASKS``. Default: 'shapes'.
+        task (str): One of ``TASKS``. Default: 'narrow'.
     """
     path, arms = TASKS[task]
     name, factor = split_rate(arm)
@@ -209,11 +210,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         'arms', nargs='*', help=f'all of the task by default, such as {", ".join(ARMS)}'
     )
-    parser.add_argument('--task', choices=TASKS, default='shapes', help='(%(default)s)')
+    parser.add_argument('--task', choices=TASKS, default='narrow', help='(%(default)s)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=2, help='runs side by side (%(default)s)')
     parser.add_argument('--work-dirs', type=Path, help='of the runs (work_dirs/study/TASK)')
-    parser.add_argument('--logs', type=Path, help='(docs/study/logs)')
+    parser.add_argument('--logs', type=Path, help='(docs/study/logs/TASK)')
     parser.add_argument(
         '--recount',
         action='store_true',
@@ -227,7 +228,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if split_rate(arm)[0] not in TASKS[args.task][1]:
             parser.error(f'there is no arm {arm!r}; there are {", ".join(TASKS[args.task][1])}')
     args.work_dirs = args.work_dirs or ROOT / 'work_dirs/study' / args.task
-    args.logs = args.logs or (LOGS if args.task == 'shapes' else LOGS / args.task)
+    args.logs = args.logs or LOGS / args.task
     return args
 
 

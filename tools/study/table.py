@@ -8,7 +8,6 @@ With ``--data data/shapes_hard`` it also draws docs/study/task.jpg, images of th
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,29 +16,17 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use('Agg')
-from cycler import cycler
 from matplotlib import pyplot as plt
 from pycocotools.coco import COCO
 
 FOLDER = Path(__file__).resolve().parents[2] / 'docs/study'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
 TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
-# The tables of a task stand between these two lines of the page. All tasks but the first have their
-# logs in a folder of their own.
-TASKS = (
-    'shapes',
-    'light',
-    'narrow',
-    'pretrained',
-    'light_pretrained',
-    'batch2',
-    'small_batch',
-    'fine_tune',
-    'deeppcb',
-)
+# The task that the figures show.
+MAIN_TASK = 'narrow'
+# The tables of a task stand between these two lines of the page.
 START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
 Log = dict[str, Any]
-plt.rcParams['axes.prop_cycle'] = cycler(color=plt.get_cmap('tab20').colors)  # one for each arm
 
 
 def read(folder: Path) -> dict[str, list[Log]]:
@@ -122,9 +109,14 @@ def best_rates(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows) if rates else ''
 
 
+def at_own_rate(arms: dict[str, list[Log]]) -> dict[str, list[Log]]:
+    """The arms at the task's own learning rate."""
+    return {name: logs for name, logs in arms.items() if '_rate' not in name}
+
+
 def comparisons(arms: dict[str, list[Log]]) -> str:
     """The arms at the task's own learning rate, and those of several rates at their best."""
-    own_rate = {name: logs for name, logs in arms.items() if '_rate' not in name}
+    own_rate = at_own_rate(arms)
     ours = 'od_k4' if 'od_k4' in own_rate else 'od_k4_ln'
     tables = (differences(own_rate, ours), best_rates(arms, ours))
     return '\n'.join(table for table in tables if table)
@@ -148,35 +140,45 @@ def over(arms: dict[str, list[Log]], metric: str, arm: str, other: str) -> list[
 
 def curves(arms: dict[str, list[Log]], path: Path) -> None:
     """AP after each evaluation, and the training loss, with bands of one standard deviation."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.5, 8.5), layout='constrained')
+    colors = iter(plt.get_cmap('tab20').colors)
     for arm, logs in arms.items():
+        color = next(colors)
         evaluations = zip(*(log['evaluations'] for log in logs), strict=False)
         points = [(e[0]['epoch'], [100 * one['mAP'] for one in e]) for e in evaluations]
-        _band(left, points, arm)
+        _band(upper, points, color, label=arm, marker='o', markersize=3)
         training = zip(*(log['training'] for log in logs), strict=False)
-        _band(right, [(t[0]['iteration'], [one['loss'] for one in t]) for t in training], arm)
-    left.set(xlabel='epoch', ylabel='AP')
-    right.set(xlabel='iteration', ylabel='training loss', yscale='log')
-    figure.legend(*left.get_legend_handles_labels(), loc='outside right center', frameon=False)
-    for axes in (left, right):
+        _band(lower, [(t[0]['iteration'], [one['loss'] for one in t]) for t in training], color)
+    upper.set(xlabel='epoch', ylabel='AP')
+    upper.xaxis.get_major_locator().set_params(integer=True)
+    lower.set(xlabel='iteration', ylabel='training loss', yscale='log')
+    figure.legend(loc='outside lower center', ncols=3, frameon=False)
+    for axes in (upper, lower):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _band(axes: Any, points: list[tuple[float, list[float]]], label: str) -> None:
+def _band(axes: Any, points: list[tuple[float, list[float]]], color: Any, **line: Any) -> None:
     x = [place for place, _ in points]
     mean = [statistics.mean(values) for _, values in points]
     deviation = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-    (line,) = axes.plot(x, mean, label=label, marker='o' if len(x) < 10 else None, markersize=3)
+    axes.plot(x, mean, color=color, **line)
     low = [m - d for m, d in zip(mean, deviation, strict=True)]
     high = [m + d for m, d in zip(mean, deviation, strict=True)]
-    axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+    axes.fill_between(x, low, high, alpha=0.2, color=color)
 
 
 def costs(arms: dict[str, list[Log]], path: Path) -> None:
-    """Final AP against multiply-adds and against the time of a step."""
-    figure, both = plt.subplots(1, 2, figsize=(11, 4), layout='constrained', sharey=True)
+    """Final AP of each run, and its mean against multiply-adds and the time of a step."""
+    order = sorted(arms, key=lambda arm: statistics.mean(final(arms[arm], 'mAP')))
+    figure, (runs, *both) = plt.subplots(3, 1, figsize=(6.5, 11), layout='constrained')
+    for place, arm in enumerate(order):
+        values = final(arms[arm], 'mAP')
+        runs.plot(values, [place] * len(values), 'o', color='C0', alpha=0.6)
+        runs.plot(statistics.mean(values), place, '|', color='k', markersize=16)
+    runs.set(xlabel='AP of each run (the bar is the mean)', yticks=range(len(order)))
+    runs.set_yticklabels(order)
     for axes, name, unit, label in zip(
         both,
         ('multiply_adds', 'seconds_per_step'),
@@ -184,16 +186,15 @@ def costs(arms: dict[str, list[Log]], path: Path) -> None:
         ('million multiply-adds an image', 'seconds a training step'),
         strict=True,
     ):
-        for arm, logs in arms.items():
-            x = statistics.mean(log[name] / unit for log in logs)
-            values = final(logs, 'mAP')
-            y = statistics.mean(values)
-            error = statistics.stdev(values) if len(values) > 1 else math.nan
-            axes.errorbar(x, y, error, fmt='o', capsize=3, label=arm)
-        axes.set(xlabel=label)
+        for arm in order:
+            x = statistics.mean(log[name] / unit for log in arms[arm])
+            y = statistics.mean(final(arms[arm], 'mAP'))
+            axes.plot(x, y, 'o', color='C0')
+            axes.annotate(arm, (x, y), xytext=(4, 3), textcoords='offset points', fontsize=8)
+        axes.set(xlabel=label, ylabel='AP')
+        axes.margins(x=0.3)
+    for axes in (runs, *both):
         axes.grid(alpha=0.3)
-    both[0].set(ylabel='AP')
-    figure.legend(*both[0].get_legend_handles_labels(), loc='outside right center', frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -225,21 +226,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--page', type=Path, default=FOLDER.with_suffix('.md'))
     parser.add_argument('--data', type=Path, help='folder of the images, for a picture of them')
     args = parser.parse_args(argv)
-    arms = read(args.logs)
-    if not arms:
-        parser.error(f'{args.logs} has no log; tools/study/run.py makes them')
+    tasks = {folder.name: read(folder) for folder in sorted(args.logs.glob('*/'))}
+    if MAIN_TASK not in tasks:
+        parser.error(f'{args.logs} has no log of {MAIN_TASK}; tools/study/run.py makes them')
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.page.read_text(encoding='utf-8') if args.page.exists() else ''
-    for task_name in TASKS:
-        own = arms if task_name == TASKS[0] else read(args.logs / task_name)
-        if own:
-            tables = f'{table(own)}\n{comparisons(own)}'
-            page = _put(tables, START.format(task_name), page)
-            print(task_name, tables, sep='\n\n')
+    for name, arms in tasks.items():
+        tables = f'{table(arms)}\n{comparisons(arms)}'
+        page = _put(tables, START.format(name), page)
+        print(name, tables, sep='\n\n')
     if page:
         args.page.write_text(page, encoding='utf-8')
-    curves(arms, args.out / 'curves.png')
-    costs(arms, args.out / 'costs.png')
+    shown = at_own_rate(tasks[MAIN_TASK])
+    curves(shown, args.out / 'curves.png')
+    costs(shown, args.out / 'costs.png')
     if args.data:
         task(args.data, args.out / 'task.jpg')
 
