@@ -134,3 +134,32 @@ NARROW_PRETRAINED_ARMS = {
     arm: {**wide(8), **options} for arm, options in LIGHT_PRETRAINED_ARMS.items()
 }
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
+
+# The same with MobileNetV2 of a quarter of its channels, which has ODConv in every convolution but
+# the first, as in the paper.
+MOBILE: Options = {
+    **LIGHT,
+    'model.backbone': dict(
+        _delete_=True,
+        type='MobileNetV2',
+        widen_factor=0.25,
+        out_indices=(1, 2, 4, 7),
+        norm_eval=False,
+        init_cfg=None,
+    ),
+    'model.neck.in_channels': [8, 8, 24, 1280],
+}
+
+
+def mobile(**odconv: Any) -> Options:
+    """The network with an OD-MobileNetV2."""
+    options = {f'model.backbone.{name}': value for name, value in odconv.items()}
+    return {**MOBILE, 'model.backbone.type': 'ODMobileNetV2', **options}
+
+
+MOBILE_ARMS = {
+    'plain': MOBILE,
+    'od_k1': mobile(kernel_num=1),
+    'od_k4': mobile(kernel_num=4),
+    'od_k4_running': mobile(kernel_num=4, odconv_cfg=dict(norm_cfg=RUNNING)),
+}
