@@ -130,6 +130,7 @@ SMALL_BATCH_ARMS = at_rate(LIGHT_PRETRAINED_ARMS, 0.002)
 NARROW_ARMS = {arm: {**wide(8), **options} for arm, options in LIGHT_ARMS.items()}
 NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}
 BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
+DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = {
     arm: {**wide(8), **options} for arm, options in LIGHT_PRETRAINED_ARMS.items()
 }

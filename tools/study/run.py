@@ -24,6 +24,7 @@ import torch
 from arms import (
     ARMS,
     BATCH2_ARMS,
+    DEEPPCB_ARMS,
     FINE_TUNE_ARMS,
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
@@ -51,7 +52,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'mobile': (STUDY / 'shapes.py', MOBILE_ARMS),
     'fine_tune': (STUDY / 'fine_tune.py', FINE_TUNE_ARMS),
     'batch2': (STUDY / 'batch2.py', BATCH2_ARMS),
-    'deeppcb': (STUDY / 'deeppcb.py', ARMS),
+    'deeppcb': (STUDY / 'deeppcb.py', DEEPPCB_ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
     'narrow_pretrained': (STUDY / 'pretrained.py', NARROW_PRETRAINED_ARMS),
