@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_gather_object, barrier, get_rank, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
@@ -177,8 +178,9 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _require_possible_metrics(self, runner: Runner) -> None:
         """Refuse a metric of ``save_best`` that does not begin as those of the evaluators do."""
-        evaluator = getattr(runner.val_loop, 'evaluator', None)
-        if not self.save_best or evaluator is None:
+        evaluator: Any = getattr(runner.val_loop, 'evaluator', None)
+        # Others, such as mmdet's for several data sets, put names of their own before the metrics'.
+        if not self.save_best or type(evaluator) is not Evaluator:
             return
         prefixes = [metric.prefix for metric in evaluator.metrics]
         for key in self.key_indicators:

@@ -235,7 +235,7 @@ class TestSaveBest:
     def runner(folder, save_best, *metrics, **options):
         checkpoint = dict(save_best=save_best, interval=3)
         tiny = runner(folder, checkpoint=checkpoint, **options)
-        tiny._val_evaluator = Evaluator([*metrics])
+        tiny._val_evaluator = options.get('evaluator', Evaluator)([*metrics])
         return tiny
 
     def test_at_the_start_by_the_prefix(self, tmp_path):
@@ -253,6 +253,16 @@ class TestSaveBest:
         tiny.train()
         assert tiny.iter == 2 * BATCHES
         assert (tmp_path / 'best_a_acc_epoch_2.pth').is_file()
+
+    def test_by_no_prefix_where_the_evaluator_puts_another_before(self, tmp_path):
+        class OfDataSets(Evaluator):
+            def evaluate(self, size):
+                return {f'first/{name}': value for name, value in super().evaluate(size).items()}
+
+        metric = Draws(prefix='a')
+        tiny = self.runner(tmp_path, 'first/a/acc', metric, evaluator=OfDataSets, epochs=1)
+        tiny.train()
+        assert (tmp_path / 'best_first_a_acc_epoch_1.pth').is_file()
 
     @pytest.mark.parametrize('others', [[], [Draws(prefix='b')]])
     def test_a_validation_without_detections_is_no_mistake(self, tmp_path, others):
