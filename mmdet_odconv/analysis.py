@@ -77,6 +77,18 @@ def odconv_layers(model: nn.Module) -> dict[str, _ODConvNd]:
     return layers
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode. After it each module has its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def attention_statistics(
     model: nn.Module,
     batches: Iterable[Any],
@@ -100,15 +112,9 @@ def attention_statistics(
     Raises:
         ValueError: The model has no ODConv layer, or no layer was used.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with AttentionMeter(model) as meter, torch.no_grad():
-            for batch in batches:
-                (forward or model)(batch)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model), AttentionMeter(model) as meter, torch.no_grad():
+        for batch in batches:
+            (forward or model)(batch)
     statistics = meter.statistics()
     if not statistics:
         raise ValueError('no ODConv layer was used: no images were given, or the model is compiled')

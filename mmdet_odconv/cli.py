@@ -186,12 +186,23 @@ def mistakes_in_one_sentence(config: Config) -> Iterator[None]:
     except ConversionError as error:
         raise SystemExit(f'model.odconv: {error}') from error
     except ArgumentError as error:
-        raise SystemExit(f'the ODConv layers of the config: {error}') from error
+        raise SystemExit(f'{_owner(error) or config.filename}: {error}') from error
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         message = _mistake(error, config) or _misfit(error)
         if message is None:
             raise
         raise SystemExit(f'{config.filename}: {message}') from error
+
+
+def _owner(error: ArgumentError) -> str | None:
+    """Whose argument is refused: the layers', or that of a hook or another part by its class."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        owner = frame.f_locals.get('self')
+        if isinstance(owner, nn.Module):
+            return 'the ODConv layers of the config'
+        if type(owner).__module__.startswith('mmdet_odconv.'):
+            return type(owner).__name__
+    return None
 
 
 def _mistake(error: Exception, config: Config) -> str | None:
@@ -204,10 +215,15 @@ def _mistake(error: Exception, config: Config) -> str | None:
     if text == 'None is not a callable object':  # the optimizer, which no registry builds
         name = config.optim_wrapper.optimizer.type
         return f'there is no optimizer {name!r}{_is_it(name, _registered("optimizer"))}'
+    if isinstance(error, TypeError):
+        # Of PyTorch, which says neither the name nor the value of what is no number.
+        for key, value in _entries(config._cfg_dict):
+            if isinstance(value, str) and re.search(r'(^|\.)optimizer\.(?!type$)\w+$', key):
+                return f'{key} must be a number, got {value!r}'
     argument = re.search(
         r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", text
     )
-    keys = _keys(config._cfg_dict)
+    keys = {key.rpartition('.')[2] for key, _ in _entries(config._cfg_dict)}
     if argument and argument[2] in keys:
         near = _is_it(argument[2], sorted(keys - {argument[2]}))
         return f'{argument[1]} has no argument {argument[2]!r}{near}'
@@ -257,20 +273,32 @@ def _is_it(name: str, names: Sequence[str]) -> str:
     return f'; is it {" or ".join(near)}?' if near else ''
 
 
-def _keys(node: Any) -> set[str]:
-    """All keys of a config."""
-    if isinstance(node, dict):
-        return {*map(str, node)}.union(*map(_keys, node.values()))
-    return set().union(*map(_keys, node)) if isinstance(node, (list, tuple)) else set()
+def _entries(node: Any, start: str = '') -> Iterator[tuple[str, Any]]:
+    """All entries of a config with their dotted keys."""
+    if isinstance(node, (list, tuple)):
+        node = dict(enumerate(node))
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f'{start}{key}', value
+        yield from _entries(value, f'{start}{key}.')
 
 
-def runner_config(args: argparse.Namespace) -> Config:
+def runner_config(args: argparse.Namespace, *needed: str) -> Config:
     """The config named by ``args``, with launcher and work folder set.
 
     The work folder is the argument's, else the config's, else ./work_dirs/<config name>.
+
+    Args:
+        args (argparse.Namespace): Has the arguments of :func:`add_runner_arguments`.
+        *needed (str): What the runner reads besides the model, such as 'train_dataloader'.
+
+    Raises:
+        SystemExit: As in :func:`load_config`, or the config lacks one of these.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options)
+    missing = [name for name in ('model', *needed) if config.get(name) is None]
+    if missing:
+        raise SystemExit(f'{args.config} has no {" and no ".join(missing)}')
     config.launcher = args.launcher
     if args.work_dir is not None:
         config.work_dir = args.work_dir
@@ -629,12 +657,21 @@ def require_new_file(path: str, force: bool) -> None:
         force (bool): Whether an existing file may be overwritten.
 
     Raises:
-        SystemExit: The file exists and ``force`` is off, or its folder does not exist.
+        SystemExit: The file exists and ``force`` is off, it is a folder, or its own folder does
+            not exist or cannot be written to.
     """
+    if Path(path).is_dir():
+        raise SystemExit(f'{path} is a folder, where a file is to be written')
     if Path(path).exists() and not force:
         raise SystemExit(f'{path} exists; --force overwrites it')
-    if not Path(path).absolute().parent.is_dir():
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
         raise SystemExit(f'the folder of {path} does not exist')
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(f'{path} cannot be written ({error.strerror})') from error
 
 
 def require_packages(*names: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from mmengine.analysis import FlopAnalyzer, parameter_count
 from torch import Tensor, nn
 
+from .analysis import evaluation_mode
 from .layers import ODConvAttention
 from .layers.odconv import _ODConvNd
 
@@ -55,28 +56,28 @@ def count_complexity(model: nn.Module, *inputs: Tensor, **others: Any) -> dict[s
     (c ⊙ x, s ⊙ W, f ⊙ y) are not counted.
 
     Args:
-        model (nn.Module): A model, which is traced in eval mode.
+        model (nn.Module): A model, which is traced in evaluation mode.
         *inputs (Tensor): The tensors that its forward method takes.
         **others: What else that takes.
 
     Returns:
         dict[str, Complexity]: The costs by the dotted name of the module; '' is the whole model.
     """
-    training, forward = model.training, model.forward
-    model.eval()
     analyser = FlopAnalyzer(model, inputs)
     for name in _UNCOUNTED:
         # The handle None would leave MMEngine's own in its place.
         analyser.set_op_handle(f'aten::{name}', lambda inputs, outputs: 0)
     analyser.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analyser.tracer_warnings('none')
-    model.forward = partial(forward, **others)  # a trace takes nothing but tensors
+    own = vars(model).get('forward')
+    model.forward = partial(model.forward, **others)  # a trace takes nothing but tensors
     try:
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             total, by_operator = analyser.by_module(), analyser.by_module_and_operator()
     finally:
         del model.forward
-        model.train(training)
+        if own is not None:
+            model.forward = own
     parameters = parameter_count(model)
     mixtures, attentions = {}, {}
     for name, module in model.named_modules():

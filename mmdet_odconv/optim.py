@@ -1,5 +1,6 @@
 """Learning rates and weight decays of ODConv's attentions and kernel banks."""
 
+import difflib
 import logging
 import math
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from terminaltables import AsciiTable
 from torch import nn
 
+from .functional.arguments import ArgumentError, check_number
 from .layers.odconv import _ODConvNd
 
 _OWN = ('attention_lr_mult', 'attention_decay_mult', 'bank_lr_mult')
@@ -59,8 +61,8 @@ class ODConvOptimWrapperConstructor:
               the static one, and this is the factor. Default: 1.
 
     Raises:
-        ValueError: One of the three options is not a number of at least 0, nor, for
-            ``bank_lr_mult``, the word 'compensated'.
+        ValueError: One of the three multipliers is not a number of at least 0, nor, for
+            ``bank_lr_mult``, the word 'compensated'; or another option has nearly its name.
     """
 
     def __init__(
@@ -72,9 +74,14 @@ class ODConvOptimWrapperConstructor:
         for name, value in values.items():
             if name == 'bank_lr_mult' and value == 'compensated':
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                word = " or 'compensated'" if name == 'bank_lr_mult' else ''
-                raise ValueError(f'{name} must be a number of at least 0{word}, got {value!r}')
+            if isinstance(value, str) and name == 'bank_lr_mult':
+                raise ArgumentError(f"{name} must be a number or 'compensated', got {value!r}")
+            if check_number(name, value) < 0:
+                raise ArgumentError(f'{name} must be at least 0, got {value}')
+        for name in options:  # constructors take no notice of what they do not know
+            near = difflib.get_close_matches(name, _OWN, n=1, cutoff=0.85)
+            if near:
+                raise ArgumentError(f'there is no option {name!r}; is it {near[0]!r}?')
         self.attention_lr_mult, self.attention_decay_mult, self.bank_lr_mult = values.values()
         self.dwconv_decay_mult = options.get('dwconv_decay_mult', 1.0)
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(

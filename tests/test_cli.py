@@ -2,6 +2,7 @@ import argparse
 import pickle
 import re
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import BaseModule, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.registry import HOOKS, PARAM_SCHEDULERS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -143,6 +144,16 @@ def test_names_of_the_user_are_no_misspelt_keys(tmp_path):
     assert len(cli.load_config(str(path)).custom_hooks) == 1
 
 
+def test_a_part_of_other_configs_is_no_config_of_a_training(tmp_path):
+    path = tmp_path / 'part.py'
+    path.write_text('model = dict(type="RetinaNet")\ntrain_cfg = dict(max_epochs=1)')
+    args = argparse.Namespace(
+        config=str(path), cfg_options=None, work_dir=None, launcher='none', local_rank=0
+    )
+    with pytest.raises(SystemExit, match=r'part\.py has no train_dataloader and no optim_wrapper$'):
+        cli.runner_config(args, 'train_dataloader', 'train_cfg', 'optim_wrapper')
+
+
 def test_a_work_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / 'file').touch()
     config = Config(dict(work_dir=str(tmp_path / 'file/work')))
@@ -248,6 +259,35 @@ def test_an_unknown_scheduler_is_named():
         PARAM_SCHEDULERS.build(dict(type='LinerLR'))
 
 
+@pytest.mark.parametrize('constructor', ['Default', 'ODConv'])
+@pytest.mark.parametrize('option', ['lr', 'weight_decay'])
+def test_text_in_place_of_a_number_of_the_optimizer_is_named(constructor, option):
+    key = f'optim_wrapper.optimizer.{option}'
+    config = cli.load_config(CONFIG, {key: 'fast'})
+    config.optim_wrapper.constructor = f'{constructor}OptimWrapperConstructor'
+    message = rf"retinanet_od_r18_shapes\.py: {key} must be a number, got 'fast'$"
+    with pytest.raises(SystemExit, match=message), cli.mistakes_in_one_sentence(config):
+        build_optim_wrapper(ODConv2d(2, 2, 3), config.optim_wrapper)
+
+
+@pytest.mark.parametrize(
+    ('registry', 'built', 'message'),
+    [
+        (HOOKS, dict(type='NonFiniteHook', max_skips=0), 'NonFiniteHook: max_skips must be'),
+        (HOOKS, dict(type='ODConvTemperatureHook', initial=0), 'ODConvTemperatureHook: initial'),
+        (
+            MODELS,
+            dict(type='ODConvModel', report='all'),
+            r'\S+/retinanet_od_r18_shapes\.py: report',
+        ),
+    ],
+)
+def test_a_refused_argument_names_its_owner(registry, built, message):
+    config = cli.load_config(CONFIG)
+    with pytest.raises(SystemExit, match=f'^{message}'), cli.mistakes_in_one_sentence(config):
+        registry.build(built)
+
+
 def test_an_unknown_optimizer_is_named():
     config = cli.load_config(CONFIG, {'optim_wrapper.optimizer.type': 'AdamX'})
     message = r"there is no optimizer 'AdamX'; is it Adam"
@@ -310,6 +350,16 @@ def test_a_detector_is_not_loaded_where_it_cannot_run(tmp_path):
         cli.load_detector(config, str(tmp_path / 'a.pth'), 'gpu')
     with pytest.raises(SystemExit, match=r'^checkpoint not found: '):
         cli.load_detector(config, str(tmp_path / 'a.pth'))
+
+
+def test_a_result_is_not_computed_that_cannot_be_written(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match='is a folder, where a file is to be written'):
+        cli.require_new_file(str(tmp_path), force=True)
+    monkeypatch.setattr(
+        cli.tempfile, 'TemporaryFile', mock.Mock(side_effect=PermissionError(13, 'No'))
+    )
+    with pytest.raises(SystemExit, match=r'a\.json cannot be written \(No\)$'):
+        cli.require_new_file(str(tmp_path / 'a.json'), force=False)
 
 
 @pytest.mark.parametrize('text', ['0', '-3', 'two', '1.5'])

@@ -73,10 +73,20 @@ def test_the_plain_twin_has_plain_convolutions_of_the_same_geometry():
 
 def test_a_model_is_left_as_it_was():
     model = Network().train()
+    model.norm.eval()  # as a backbone with norm_eval=True has it
     forward = model.forward
     count_complexity(model, torch.zeros(1, 3, 16, 24))
     assert model.training
+    assert not model.norm.training
     assert model.forward == forward
+
+
+def test_a_forward_of_the_models_own_is_kept():
+    model = Network()
+    model.forward = model.stem.forward  # as a block with `forward_fuse` has it
+    found = count_complexity(model, torch.zeros(1, 3, 16, 24))
+    assert found[''].multiply_adds == 3 * 32 * 9 * 8 * 12
+    assert model.forward == model.stem.forward
 
 
 def test_mmengines_own_counter_sees_mixtures_and_attentions():

@@ -197,8 +197,9 @@ def test_on_top_of_a_constructor_with_layer_decay():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(attention_lr_mult=-1), 'attention_lr_mult must be a number of at least 0, got -1'),
+        (dict(attention_lr_mult=-1), 'attention_lr_mult must be at least 0, got -1'),
         (dict(attention_lr_mult='low'), "attention_lr_mult .*got 'low'"),
+        (dict(attention_lr_mul=0.1), "no option 'attention_lr_mul'; is it 'attention_lr_mult'"),
         (dict(bank_lr_mult='high'), "bank_lr_mult .* or 'compensated', got 'high'"),
         (dict(attention_decay_mult=True), 'attention_decay_mult .*got True'),
     ],

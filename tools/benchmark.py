@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet
+from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet, cli
 from mmdet_odconv.functional import Attentions, record_strategies
 
 VARIANTS = ('plain', 'published', 'ours')
@@ -184,7 +184,9 @@ def parse_args() -> argparse.Namespace:
     }.items():
         what.add_argument(f'--{name}', dest='what', action='store_const', const=name, help=text)
     parser.add_argument('--device', default='cpu', help='device (default: cpu)')
-    parser.add_argument('--rounds', type=int, default=7, help='rounds that count (default: 7)')
+    parser.add_argument(
+        '--rounds', type=cli.positive, default=7, help='rounds that count (default: 7)'
+    )
     parser.add_argument(
         '--strategy', default='auto', help="strategy of the layers (default: 'auto')"
     )
@@ -206,8 +208,6 @@ def parse_args() -> argparse.Namespace:
     args.without_published |= args.what == 'compiled'
     if args.keep_memory:
         os.environ |= KEEP_MEMORY
-    if args.rounds < 1:
-        parser.error(f'--rounds must be at least 1, got {args.rounds}')
     return args
 
 

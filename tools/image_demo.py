@@ -2,6 +2,7 @@
 """Draw the boxes that a detector finds in images into PNG files."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import mmcv
@@ -33,9 +34,26 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def output_files(images: list[Path], folder: Path) -> list[Path]:
+    """The PNG of each image: by its name without the ending, where that is no other image's.
+
+    Raises:
+        SystemExit: One of them is an image itself, which would be overwritten.
+    """
+    times = Counter(path.stem for path in images)
+    names = [path.stem if times[path.stem] == 1 else path.name for path in images]
+    outs = [folder / f'{name}.png' for name in names]
+    given = {path.resolve() for path in images}
+    for out in outs:
+        if out.resolve() in given:
+            raise SystemExit(f'{out} would be overwritten; set another folder by --out-dir')
+    return outs
+
+
 def main() -> None:
     args = parse_args()
     images = cli.find_images(args.image)[: args.limit]
+    outs = output_files(images, Path(args.out_dir))
     config = cli.load_config(args.config, args.cfg_options)
     model = cli.load_detector(config, args.checkpoint, args.device)
     cli.require_writable(args.out_dir, 'folder', '--out-dir')
@@ -48,8 +66,7 @@ def main() -> None:
     visualizer = VISUALIZERS.build(dict(config.visualizer, vis_backends=None))
     visualizer.dataset_meta = model.dataset_meta
 
-    out_dir = Path(args.out_dir)
-    for path in images:
+    for path, out in zip(images, outs, strict=True):
         image = mmcv.imread(str(path))
         if image is None:
             raise SystemExit(f'cannot be read as an image: {path}')
@@ -60,7 +77,6 @@ def main() -> None:
         boxes = sample.pred_instances.bboxes
         boxes[:, 0::2].clamp_(0, image.shape[1])
         boxes[:, 1::2].clamp_(0, image.shape[0])
-        out = out_dir / f'{path.stem}.png'
         visualizer.add_datasample(
             path.stem,
             image,

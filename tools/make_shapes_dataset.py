@@ -442,20 +442,23 @@ def make_shapes_dataset(
     """Make the data set, unless the folder holds it already.
 
     Args:
-        out: Folder to write to: new, empty, or left by an interrupted run with these arguments.
-        train: Number of training images.
-        val: Number of validation images.
-        size: Width and height of the images, in pixels.
-        seed: Seed of everything random.
-        hard: Whether to make the hard set of 15 classes in place of the easy one of five.
-        classification: Whether to make a set for classifiers, of the same 15 classes.
+        out (str | Path): Folder to write to: new, empty, or left by an interrupted run with these
+            arguments.
+        train (int): Number of training images. Default: 400.
+        val (int): Number of validation images. Default: 100.
+        size (tuple[int, int]): Width and height of the images, in pixels. Default: (256, 256).
+        seed (int): Seed of everything random. Default: 0.
+        hard (bool): Whether to make the hard set of 15 classes in place of the easy one of five.
+            Default: False.
+        classification (bool): Whether to make a set for classifiers, of the same 15 classes.
+            Default: False.
 
     Returns:
-        True if the set was made, False if it was there already and nothing was written.
+        bool: True if the set was made, False if it was there already and nothing was written.
 
     Raises:
-        ValueError: If an argument is out of range.
-        OSError: If the folder cannot be written to, or holds anything else.
+        ValueError: An argument is out of its range. The message names it and its value.
+        OSError: The folder cannot be written to, or holds anything else.
     """
     out, (width, height) = Path(out), size
     arguments = {'train': train, 'val': val, 'width': width, 'height': height, 'seed': seed}
@@ -492,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        argv: Arguments; those of the process by default.
+        argv (Sequence[str], optional): Its arguments. Default: those of the process.
     """
     parser = argparse.ArgumentParser(description='Make a synthetic COCO-format set of shapes.')
     parser.add_argument('out', type=Path, help='folder to write to, new or empty')

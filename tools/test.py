@@ -2,6 +2,7 @@
 """Test a detector; the command line is that of mmdet's tools/test.py, --fuse-conv-bn and --onnx."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -117,8 +118,10 @@ def _listed(names: Sequence[str]) -> str:
 def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
-    config = cli.runner_config(args)
+    config = cli.runner_config(args, 'test_dataloader', 'test_cfg', 'test_evaluator')
     cli.require_file(args.checkpoint, 'checkpoint')
+    if args.out is not None:
+        cli.require_writable(os.path.dirname(args.out) or '.', 'folder', '--out')
     require_datasets(config, ('test_dataloader',))
     config.load_from, config.resume = args.checkpoint, False
     cli.shorten_report(config)

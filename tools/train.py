@@ -7,10 +7,10 @@ from typing import Any
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmdet_odconv import cli
+from mmdet_odconv.analysis import unwrapped
 from mmdet_odconv.checkpoint import Checkpoint, CheckpointFileError, latest_checkpoint
 from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
 from mmdet_odconv.hooks import CheckpointError, NonFiniteError
@@ -58,6 +58,8 @@ def add_guards(config: Config) -> None:
 
 def _name(hook: dict[str, Any]) -> str:
     """The name of a hook's class, which a config has as the class itself or with a scope too."""
+    if not isinstance(hook, dict) or 'type' not in hook:
+        raise SystemExit(f'a hook must be a dict with a type, got {hook}')
     kind = hook['type']
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 
@@ -139,8 +141,7 @@ def checked_runner(config: Config, start: str | None) -> Runner:
         )
     warn_of_batch_size(runner, config)
     if checkpoint is not None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        cli.require_weights(model, checkpoint)
+        cli.require_weights(unwrapped(runner.model), checkpoint)
     if start is not None and 'runner_type' not in config:
         cli.require_same_start(checkpoint)
     cli.require_start_weights(runner.model)
@@ -150,7 +151,7 @@ def checked_runner(config: Config, start: str | None) -> Runner:
 def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
-    config = cli.runner_config(args)
+    config = cli.runner_config(args, 'train_dataloader', 'train_cfg', 'optim_wrapper')
     require_datasets(config, ('train_dataloader', 'val_dataloader'))
 
     if args.amp:

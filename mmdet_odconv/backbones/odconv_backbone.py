@@ -5,6 +5,9 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import nn
 
+from ..functional.arguments import ArgumentError
+from ..layers.odconv import _ODConvNd
+
 
 class ODConvBackbone:
     """Adds the arguments of ODConv layers to a backbone of mmdet.
@@ -22,6 +25,10 @@ class ODConvBackbone:
             ``dict(norm_cfg=dict(type='LN'))``. A ``type`` in it replaces
             :class:`~mmdet_odconv.ODConv2d`, for example ``dict(type='CondConv2d')``.
             Default: None.
+
+    Raises:
+        ValueError: An argument of the layers is out of its range, or the ``type`` is not that of a
+            2-D ODConv layer. The message names it and its value.
     """
 
     def __init__(
@@ -41,7 +48,13 @@ class ODConvBackbone:
         }
         if reduction is not None:
             self._odconv_args['reduction'] = reduction
-        self._layer = MODELS.get(self._odconv_args.pop('type', 'ODConv2d'))
+        kind = self._odconv_args.pop('type', 'ODConv2d')
+        layer = MODELS.get(kind) if isinstance(kind, str) else kind
+        if not (isinstance(layer, type) and issubclass(layer, _ODConvNd) and layer.ndim == 2):
+            raise ArgumentError(
+                f"odconv_cfg.type must be 'ODConv2d', 'CondConv2d' or 'DyConv2d', got {kind!r}"
+            )
+        self._layer = layer
         super().__init__(*args, **kwargs)
 
     def odconv_like(self, conv: Any) -> nn.Module:

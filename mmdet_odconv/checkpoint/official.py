@@ -6,16 +6,15 @@ they were, so only the backbone's are translated.
 """
 
 import os
-import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import set_temperature
 from .architecture import STATIC, describe, differences
 from .published import backbone_name, is_flat, published_name
+from .reading import read_checkpoint
 
 _BACKBONE = 'backbone.'
 _TEMPERATURE = '.attention.temperature'
@@ -48,10 +47,12 @@ def load_official_checkpoint(
             depth differ (the message has both values), or entries are missing, left over or of
             another shape (the message has the first few names). Entries of the classifier do not
             matter.
-        ValueError: The source has no state dict, or has something that PyTorch's safe mode does
-            not read.
+        ValueError: The source has no state dict, or cannot be read
+            (:func:`~mmdet_odconv.checkpoint.read_checkpoint`).
     """
-    content = read_weights(source) if isinstance(source, (str, os.PathLike)) else source
+    content = source
+    if isinstance(source, (str, os.PathLike)):
+        content = read_checkpoint(os.fspath(source)).content
     entries, whole = _translated(state_dict_of(content))
     target = model if whole else getattr(model, 'backbone', model)
     expected = target.state_dict()
@@ -99,19 +100,6 @@ def rename_to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else name: tensor
         for name, tensor in published.items()
     }
-
-
-def read_weights(path: str | os.PathLike[str]) -> Any:
-    """What ``torch.load``'s safe mode finds in a file.
-
-    Raises:
-        ValueError: The file holds more than that mode reads, or is no file of PyTorch's.
-    """
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).partition('\n')[0] or type(error).__name__
-        raise ValueError(f'{path} cannot be read as a file of weights: {reason}') from error
 
 
 def state_dict_of(content: Any) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Conversion from a config: a builder that returns the converted detector itself."""
 
-import copy
 import inspect
 import logging
 from typing import Any
@@ -10,6 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
+from ..functional.arguments import ArgumentError
 from ..layers import use_valid_pooling
 from .convert import convert_to_odconv
 from .errors import ConversionError
@@ -66,10 +66,10 @@ def build_odconv_model(
             and the trackers, and needs the second form.
     """
     if attention_pool not in ('all', 'valid'):
-        raise ValueError(f"attention_pool must be 'all' or 'valid', got {attention_pool!r}")
+        raise ArgumentError(f"attention_pool must be 'all' or 'valid', got {attention_pool!r}")
     if report not in ('table', 'summary'):
-        raise ValueError(f"report must be 'table' or 'summary', got {report!r}")
-    config = {**copy.copy(model or {}), **fields}
+        raise ArgumentError(f"report must be 'table' or 'summary', got {report!r}")
+    config = {**(model or {}), **fields}
     if detector is not None:
         if not isinstance(detector, str) or _has_detector_field(detector):
             raise ConversionError(
@@ -80,7 +80,9 @@ def build_odconv_model(
             )
         config['type'] = detector
     if 'type' not in config:
-        raise ValueError('ODConvModel needs the type of a model as detector, or a config as model')
+        raise ArgumentError(
+            'ODConvModel needs the type of a model as detector, or a config as model'
+        )
     if data_preprocessor is not None:
         config.setdefault('data_preprocessor', data_preprocessor)
     # From this registry mmengine finds the models of the default scope, and mmdet's without one.

@@ -180,7 +180,7 @@ def _layer_types(name: str) -> dict[int, Any]:
 def _layer_like(conv: Any, new_type: Any, **odconv_args: Any) -> nn.Module:
     """A layer of the new type that can stand in the place of ``conv``."""
     layer = new_type.like(conv, **odconv_args)
-    _carry_weights(conv, layer)
+    layer.load_state_dict(conv.state_dict(), strict=False)  # a bank of the same function
     layer.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:
         layer.bias.requires_grad_(conv.bias.requires_grad)
@@ -189,11 +189,6 @@ def _layer_like(conv: Any, new_type: Any, **odconv_args: Any) -> nn.Module:
         # The very same dicts, so that the handles that registering gave still remove the hooks.
         setattr(layer, name, getattr(conv, name))
     return layer
-
-
-def _carry_weights(conv: nn.Module, layer: nn.Module) -> None:
-    """Let ``layer`` compute what ``conv`` computes."""
-    layer.load_state_dict(conv.state_dict(), strict=False)
 
 
 def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:

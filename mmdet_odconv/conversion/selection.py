@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from .errors import ConversionError
 from .rules import DefaultExclusion
@@ -33,10 +34,11 @@ class Selection:
     ) -> None:
         names = list(convolutions)
         self.patterns = []
-        for text in [patterns] if isinstance(patterns, str) else patterns:
+        given: Iterable[Any] = patterns if isinstance(patterns, (list, tuple)) else [patterns]
+        for text in given:
             try:
                 pattern = re.compile(text)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ConversionError(
                     f'{argument} {text!r} is not a regular expression: {error}'
                 ) from error

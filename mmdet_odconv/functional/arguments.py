@@ -1,11 +1,13 @@
 """Checks of the numbers that users give to a layer or hook, in Python or in a config."""
 
+import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 
 class ArgumentError(ValueError):
-    """An argument of a layer is of the wrong kind or out of its range; the message names it."""
+    """An argument of a layer or hook is of the wrong kind or out of range; the message names it."""
 
 
 def check_integer(name: str, value: Any, least: int) -> int:
@@ -14,21 +16,37 @@ def check_integer(name: str, value: Any, least: int) -> int:
     Raises:
         ArgumentError: It is no integer, or less than ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _is_integer(value):
         raise ArgumentError(f'{name} must be an integer, got {value!r}')
     if value < least:
         raise ArgumentError(f'{name} must be at least {least}, got {value}')
     return int(value)
 
 
+def check_sizes(name: str, value: Any, ndim: int, least: int) -> tuple[int, ...]:
+    """``value``, an int for all dimensions or one for each, as ``ndim`` ints.
+
+    Raises:
+        ArgumentError: It is neither of the two, or one of the ints is less than ``least``.
+    """
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+    if len(sizes) != ndim or not all(_is_integer(size) and size >= least for size in sizes):
+        raise ArgumentError(
+            f'{name} must be an int or {ndim} ints, each at least {least}, got {value!r}'
+        )
+    return sizes
+
+
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float.
 
     Raises:
-        ArgumentError: It is no number.
+        ArgumentError: It is no number, or not a finite one.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentError(f'{name} must be a number, got {value!r}')
+    if not math.isfinite(value):
+        raise ArgumentError(f'{name} must be finite, got {value}')
     return float(value)
 
 
@@ -39,6 +57,11 @@ def check_positive(name: str, value: Any) -> float:
         ArgumentError: It is no number above 0.
     """
     number = check_number(name, value)
-    if not number > 0:
+    if number <= 0:
         raise ArgumentError(f'{name} must be positive, got {value}')
     return number
+
+
+def _is_integer(value: Any) -> bool:
+    # By the exact type first, which is much faster: each call of the operator asks.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))

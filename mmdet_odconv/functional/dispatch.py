@@ -59,7 +59,10 @@ _records: list[list[Choice]] = []
 
 @contextmanager
 def record_strategies() -> Iterator[list[Choice]]:
-    """Record how every convolution inside the ``with`` block is computed.
+    """Record how each convolution inside the ``with`` block is computed.
+
+    What becomes plain operations without a choice is left out: traces, transforms of functions and
+    empty batches.
 
     Example::
 
@@ -93,7 +96,7 @@ def check_strategy(strategy: str, kernel_num: int) -> None:
         )
     if strategy == CpuIm2colSingleKernel.name:
         # On whatever device the layer will be used.
-        problem = Problem('cpu', False, 1, kernel_num, False, 1, 1)
+        problem = Problem('cpu', False, kernel_num, False, 1, 1)
         _require_support(CpuIm2colSingleKernel, problem)
 
 
@@ -138,8 +141,9 @@ def pick(
 
 
 def _is_empty(x_shape: torch.Size, bank_shape: torch.Size, geometry: Geometry) -> bool:
-    """Whether there is no output position; PyTorch's convolution then words the error."""
-    return any(size < 1 for size in geometry.output_size(x_shape[2:], bank_shape[3:]))
+    """Whether there is no sample, or no output position (PyTorch's convolution words the error)."""
+    size = geometry.output_size(x_shape[2:], bank_shape[3:])
+    return x_shape[0] == 0 or any(length < 1 for length in size)
 
 
 def _problem(
@@ -154,7 +158,6 @@ def _problem(
     return Problem(
         device=device,
         training=training,
-        batch=x_shape[0],
         kernel_num=kernel_num,
         depthwise=kernel_shape[1] == 1,
         positions=math.prod(geometry.output_size(x_shape[2:], bank_shape[3:])),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import ArgumentError, check_sizes
 from .attention import Attentions, cast
 
 # By the number of spatial dimensions.
@@ -58,26 +59,30 @@ def resolve_geometry(
     Returns:
         tuple: The geometry, and what the input has to be padded by first, in the order of
         ``F.pad``. The latter is empty unless padding='same' differs between the two sides.
+
+    Raises:
+        ArgumentError: A ValueError. The message names the argument and its value.
     """
     ndim = len(kernel_size)
-
-    def each(value: int | Sequence[int]) -> tuple[int, ...]:
-        return (value,) * ndim if isinstance(value, int) else tuple(value)
-
-    dilations = each(dilation)
+    strides = check_sizes('stride', stride, ndim, least=1)
+    dilations = check_sizes('dilation', dilation, ndim, least=1)
     uneven: tuple[int, ...] = ()
     if not isinstance(padding, str):
-        paddings = each(padding)
+        paddings = check_sizes('padding', padding, ndim, least=0)
     elif padding == 'valid':
-        paddings = each(0)
-    else:  # 'same'
+        paddings = (0,) * ndim
+    elif padding != 'same':
+        raise ArgumentError(f"padding must be 'same', 'valid' or int(s), got {padding!r}")
+    elif any(s != 1 for s in strides):
+        raise ArgumentError(f"padding='same' needs stride 1, got stride={stride}")
+    else:
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
         paddings = tuple(total // 2 for total in totals)
         if any(total % 2 for total in totals):
             # F.pad wants the last dimension first. As in PyTorch, the odd one goes after.
             uneven = tuple(n for t in reversed(totals) for n in (t // 2, t - t // 2))
-            paddings = each(0)
-    return Geometry(each(stride), paddings, dilations, groups), uneven
+            paddings = (0,) * ndim
+    return Geometry(strides, paddings, dilations, groups), uneven
 
 
 class Problem(NamedTuple):
@@ -86,7 +91,6 @@ class Problem(NamedTuple):
     Attributes:
         device (str): Type of the device.
         training (bool): Whether a backward pass will follow.
-        batch (int): B, at least 1.
         kernel_num (int): K.
         depthwise (bool): Whether each group reads a single channel.
         positions (int): Output positions of a sample.
@@ -95,7 +99,6 @@ class Problem(NamedTuple):
 
     device: str
     training: bool
-    batch: int
     kernel_num: int
     depthwise: bool
     positions: int

@@ -57,12 +57,12 @@ def odconv(
 
     Raises:
         RuntimeError: ``x`` and ``bank`` have different types, as in ``torch.nn.functional.conv2d``.
-        ValueError: The shapes of the arguments do not fit each other, or the strategy is unknown
-            or cannot be used here.
+        ValueError: The shapes of the arguments do not fit each other, the stride, padding or
+            dilation is out of its range, or the strategy is unknown or cannot be used here.
     """
     geometry, uneven = resolve_geometry(bank.shape[3:], stride, padding, dilation, groups)
     x = cast(x, convolution_dtype(x, bank))
-    _check_shapes(x, bank, attentions, groups)
+    _check_shapes(x, bank, attentions, bias, groups)
     if attentions.spatial is None:
         attentions = attentions._replace(spatial=_spatial_ones(x, bank))
     if uneven:
@@ -106,7 +106,9 @@ def _is_eligible(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
-def _check_shapes(x: Tensor, bank: Tensor, attentions: Attentions, groups: int) -> None:
+def _check_shapes(
+    x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, groups: int
+) -> None:
     if torch.jit.is_tracing():  # Sizes are tensors in a trace, and each comparison warns.
         return
     kernel_num, c_out, reads, *kernel_size = bank.shape
@@ -132,6 +134,8 @@ def _check_shapes(x: Tensor, bank: Tensor, attentions: Attentions, groups: int) 
                 f'the {name} attention must have shape {(batch, size)}, '
                 f'got {tuple(attention.shape)}'
             )
+    if bias is not None and bias.shape != (c_out,):
+        raise ValueError(f'the bias must have shape {(c_out,)}, got {tuple(bias.shape)}')
 
 
 def _spatial_ones(x: Tensor, bank: Tensor) -> Tensor | None:
@@ -340,7 +344,7 @@ if COMPILED_OPERATOR:
         geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
         bank = bank.contiguous()
         implementation = _choose(strategy, x, bank, attentions, geometry, training)
-        if implementation is None:  # There is no output position, and this words the error.
+        if implementation is None:  # no sample, or no output position: this words the error
             return odconv_formula(x, bank, attentions, bias, geometry)
         return _forward(x, bank, attentions, bias, geometry, implementation)
 
@@ -365,7 +369,13 @@ if COMPILED_OPERATOR:
         geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
         bank = bank.contiguous()
         implementation = _choose(strategy, x, bank, attentions, geometry, training=True)
-        assert implementation is not None  # the forward pass had one
+        if implementation is None:  # no sample
+            inputs = (x, bank, *attentions)
+            return [
+                torch.zeros_like(t)
+                for t, need in zip(inputs, needed, strict=True)
+                if need and t is not None
+            ]
         grads = _backward(grad, x, bank, attentions, geometry, implementation, needed)
         return [g for g, need in zip(grads, needed, strict=True) if need and g is not None]
 

@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..analysis import AttentionMeter, AttentionStatistics, odconv_layers, unwrapped
+from ..functional.arguments import ArgumentError, check_integer, check_number
 
 
 @HOOKS.register_module()
@@ -53,12 +54,12 @@ class ODConvAttentionHook(Hook):
         min_std: float = 1e-3,
         max_saturated: float = 0.9,
     ) -> None:
-        for name, value, least in (('interval', interval, 1), ('images', images, 2)):
-            if value < least:
-                raise ValueError(f'{name} must be at least {least}, got {value}')
+        check_integer('interval', interval, least=1)
+        check_integer('images', images, least=2)
+        check_integer('warn_after', warn_after, least=0)
         for name, limit in (('min_std', min_std), ('max_saturated', max_saturated)):
-            if not 0 <= limit <= 1:
-                raise ValueError(f'{name} must be between 0 and 1, got {limit}')
+            if not 0 <= check_number(name, limit) <= 1:
+                raise ArgumentError(f'{name} must be between 0 and 1, got {limit}')
         self.interval = interval
         self.images = images
         self.per_layer = per_layer

@@ -3,19 +3,21 @@
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.dist import all_gather_object, barrier, get_rank, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from ..compat import batches_passed_over, pass_over
+from ..functional.arguments import ArgumentError, check_integer
 
 _BACKEND = 'durable_local'
 # The key of a checkpoint under which it has what MMEngine itself does not save.
@@ -49,7 +51,8 @@ def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(
             f'{path} ({len(content) / 2**20:.1f} MiB) cannot be saved: {error.strerror}; '
             'all earlier checkpoints are as they were'
@@ -96,6 +99,12 @@ class SafeCheckpointHook(CheckpointHook):
 
     Args:
         *args, **kwargs: As in ``mmengine.hooks.CheckpointHook``.
+
+    Raises:
+        ValueError: ``interval`` or ``max_keep_ckpts`` is no integer; or, in the training,
+            ``save_best`` is no metric of the validation. The latter is raised at the start if the
+            evaluators name their metrics otherwise, else after the first validation, with a
+            checkpoint to go on from.
     """
 
     PREEMPTED = 'preempted.pth'
@@ -104,6 +113,8 @@ class SafeCheckpointHook(CheckpointHook):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for name in ('interval', 'max_keep_ckpts'):
+            check_integer(name, getattr(self, name), least=-1)
         self._loaded: dict[str, Any] | None = None
         self._position: dict[str, Any] | None = None
         self._whole_loader: Any = None
@@ -117,6 +128,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
+        self._require_possible_metrics(runner)
         if isinstance(self.file_backend, LocalBackend) and self.file_client_args is None:
             self.backend_args = dict(backend=_BACKEND)
         self._saved_iter = self._first_iter = runner.iter
@@ -159,10 +171,47 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any]) -> None:
         _set_generators(self._before_val)
-        if not self.save_best:
+        if not self.save_best or not self._has_metrics(runner, metrics):
             return
         with self._removing_afterwards():
             super().after_val_epoch(runner, metrics)
+
+    def _require_possible_metrics(self, runner: Runner) -> None:
+        """Refuse a metric of ``save_best`` that does not begin as those of the evaluators do."""
+        evaluator: Any = getattr(runner.val_loop, 'evaluator', None)
+        # Others, such as mmdet's for several data sets, put names of their own before the metrics'.
+        if not self.save_best or type(evaluator) is not Evaluator:
+            return
+        prefixes = [metric.prefix for metric in evaluator.metrics]
+        for key in self.key_indicators:
+            possible = None in prefixes or any(key.startswith(f'{p}/') for p in prefixes)
+            if key != 'auto' and not possible:
+                raise ArgumentError(
+                    'save_best must be a metric of the validation, whose names begin with '
+                    f'{" or ".join(f"{p}/" for p in prefixes)}, got {key!r}'
+                )
+
+    def _has_metrics(self, runner: Runner, metrics: dict[str, Any]) -> bool:
+        """Whether a validation gave the metrics of ``save_best``.
+
+        Evaluators give none at all where nothing was detected. One that gave others never will.
+        """
+        absent = [key for key in self.key_indicators if key not in ('auto', *metrics)]
+        for key in absent:
+            prefix = key.rpartition('/')[0]
+            if any(name.rpartition('/')[0] == prefix for name in metrics):
+                if not self.is_saved(runner.iter):
+                    self.save_now(runner, runner.iter)
+                barrier()  # as in PreemptionHook, for a process that still saves
+                raise ArgumentError(
+                    f'save_best must be a metric of the validation ({", ".join(metrics)}), got '
+                    f'{key!r}; iteration {runner.iter} is saved, and --resume goes on from there'
+                )
+        if absent:
+            runner.logger.warning(
+                f'The validation gave no {", ".join(absent)}, so no best checkpoint is saved.'
+            )
+        return not absent
 
     def is_saved(self, iterations: int) -> bool:
         """Whether the last checkpoint was saved after just this number of iterations."""

@@ -10,13 +10,14 @@ import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..analysis import unwrapped
 from ..checkpoint import not_finite
+from ..functional.arguments import ArgumentError, check_integer
 
 
 class NonFiniteError(RuntimeError):
@@ -46,11 +47,9 @@ class NonFiniteHook(Hook):
 
     def __init__(self, action: str = 'stop', max_skips: int = 10) -> None:
         if action not in ('stop', 'skip'):
-            raise ValueError(f"action must be 'stop' or 'skip', got {action!r}")
-        if max_skips < 1:
-            raise ValueError(f'max_skips must be at least 1, got {max_skips}')
+            raise ArgumentError(f"action must be 'stop' or 'skip', got {action!r}")
         self.action = action
-        self.max_skips = max_skips
+        self.max_skips = check_integer('max_skips', max_skips, least=1)
         self._skipped = 0
 
     def before_train(self, runner: Runner) -> None:
@@ -66,7 +65,7 @@ class NonFiniteHook(Hook):
             self._buffers = [buffer.clone() for buffer in runner.model.buffers()]
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        broken = not_finite(_without_wrapper(runner.model), checkpoint['state_dict'])
+        broken = not_finite(unwrapped(runner.model), checkpoint['state_dict'])
         if broken:
             raise NonFiniteError(
                 f'{broken[0]} has values that are not finite after iteration {runner.iter + 1}; '
@@ -104,7 +103,7 @@ class NonFiniteHook(Hook):
     @torch.no_grad()
     def _cause(self, runner: Runner) -> str:
         """Repeat the forward pass and look at every module's output."""
-        model = _without_wrapper(runner.model)
+        model: Any = unwrapped(runner.model)
         with _first_non_finite(model) as found, runner.optim_wrapper.optim_context(runner.model):
             data = model.data_preprocessor(self._batch, True)
             inputs = data.get('inputs') if isinstance(data, dict) else None
@@ -118,10 +117,6 @@ class NonFiniteHook(Hook):
         if names:
             return f'all layers have finite outputs, but not {", ".join(names)}'
         return 'not so when computed once more'
-
-
-def _without_wrapper(model: Any) -> Any:
-    return model.module if is_model_wrapper(model) else model
 
 
 @contextmanager

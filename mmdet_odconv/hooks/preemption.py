@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..functional.arguments import ArgumentError, check_integer
 from .checkpoint import SafeCheckpointHook
 
 
@@ -44,8 +45,8 @@ class PreemptionHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self, exit_code: int = 99) -> None:
-        if not 1 <= exit_code <= 255:
-            raise ValueError(f'exit_code must be within 1 and 255, got {exit_code}')
+        if check_integer('exit_code', exit_code, least=1) > 255:
+            raise ArgumentError(f'exit_code must be at most 255, got {exit_code}')
         self.exit_code = exit_code
         self._received = False
 

@@ -49,9 +49,10 @@ class ODConvTemperatureHook(Hook):
     ) -> None:
         if not check_number('initial', initial) >= 1:
             raise ArgumentError(f'initial must be at least 1, got {initial}')
-        for name, value in (('anneal_epochs', anneal_epochs), ('anneal_iters', anneal_iters)):
-            if value is not None:
-                check_integer(name, value, least=0)
+        if anneal_iters is None:
+            check_integer('anneal_epochs', anneal_epochs, least=0)
+        else:
+            check_integer('anneal_iters', anneal_iters, least=0)
         annealed_temperature(1, 1, initial, schedule)  # refuses an unknown schedule now
         self.initial = initial
         self.anneal_epochs = anneal_epochs

@@ -6,7 +6,7 @@ Paper: Omni-Dimensional Dynamic Convolution, section 3.2
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -246,7 +246,10 @@ class ODConvAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Published and plain weights have no temperature, and need none.
-        state_dict.setdefault(f'{prefix}temperature', self.temperature)
+        t = self.temperature
+        if t.is_meta:  # with assign=True, it must leave the meta device like the rest
+            t = torch.tensor(self.initial_temperature, dtype=torch.float32, device='cpu')
+        state_dict.setdefault(f'{prefix}temperature', t)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -346,7 +349,8 @@ _SINGLE_SAMPLE = (
 
 def _check_attentions(attentions: Sequence[str], kernel_num: int) -> None:
     known = Attentions._fields
-    if isinstance(attentions, str) or not set(attentions) <= set(known):
+    listed = isinstance(attentions, Collection) and not isinstance(attentions, str)
+    if not listed or not set(attentions) <= set(known):
         raise ArgumentError(f'attentions must be some of {known}, got {attentions!r}')
     if kernel_num > 1 and 'kernel' not in attentions:
         raise ArgumentError(

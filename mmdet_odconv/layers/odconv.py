@@ -5,7 +5,6 @@ Paper: Omni-Dimensional Dynamic Convolution (https://openreview.net/forum?id=Dmp
 
 import zlib
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,8 @@ from ..functional import (
     odconv,
     squeeze,
 )
-from ..functional.arguments import ArgumentError, check_integer
+from ..functional.arguments import ArgumentError, check_integer, check_number, check_sizes
+from ..functional.implementation import resolve_geometry
 from .attention import ODConvAttention
 from .valid_pooling import ValidSizes
 
@@ -119,16 +119,16 @@ class _ODConvNd(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = self._sizes('kernel_size', kernel_size, least=1)
-        self.stride = self._sizes('stride', stride, least=1)
-        self.dilation = self._sizes('dilation', dilation, least=1)
+        self.kernel_size = check_sizes('kernel_size', kernel_size, self.ndim, least=1)
+        self.stride = check_sizes('stride', stride, self.ndim, least=1)
+        self.dilation = check_sizes('dilation', dilation, self.ndim, least=1)
         self.padding = (
-            padding if isinstance(padding, str) else self._sizes('padding', padding, least=0)
+            padding if isinstance(padding, str) else check_sizes('padding', padding, self.ndim, 0)
         )
         self.groups = groups
         self.padding_mode = padding_mode
         self.kernel_num = kernel_num
-        self.spread = spread
+        self.spread = check_number('spread', spread)
         self.strategy = strategy
         self._check_arguments()
 
@@ -347,16 +347,6 @@ class _ODConvNd(nn.Module):
                 widths += [self.padding[i]] * 2
         return widths
 
-    def _sizes(self, name: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-        """``value`` as one int for each spatial dimension, none under ``least``."""
-        sizes = tuple(value) if isinstance(value, Sequence) else (value,) * self.ndim
-        integers = all(isinstance(s, Integral) and s >= least for s in sizes)
-        if len(sizes) != self.ndim or not integers:
-            raise ArgumentError(
-                f'{name} must be an int or {self.ndim} ints, each at least {least}, got {value!r}'
-            )
-        return sizes
-
     def _check_arguments(self) -> None:
         for name in ('in_channels', 'out_channels', 'groups'):
             check_integer(name, getattr(self, name), least=1)
@@ -366,14 +356,9 @@ class _ODConvNd(nn.Module):
                     f'{name} must be divisible by groups, '
                     f'got {name}={getattr(self, name)} and groups={self.groups}'
                 )
-        if isinstance(self.padding, str):
-            if self.padding not in ('same', 'valid'):
-                raise ArgumentError(
-                    f"padding must be 'same', 'valid' or int(s), got {self.padding!r}"
-                )
-            if self.padding == 'same' and any(s != 1 for s in self.stride):
-                raise ArgumentError(f"padding='same' needs stride 1, got stride={self.stride}")
-        if not self.spread >= 0:
+        # Refuses a padding that does not exist, or does not go with the stride.
+        resolve_geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        if self.spread < 0:
             raise ArgumentError(f'spread must not be negative, got {self.spread}')
         check_strategy(self.strategy, self.kernel_num)
         modes = ('zeros', 'reflect', 'replicate', 'circular')

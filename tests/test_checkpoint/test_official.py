@@ -302,10 +302,10 @@ class Hostile:
 def test_files_are_read_in_safe_mode(tmp_path):
     path = tmp_path / 'hostile.pth'
     torch.save({'state_dict': published('od_resnet18_K4'), 'x': Hostile()}, path)
-    with pytest.raises(ValueError, match=r'hostile\.pth cannot be read as a file of weights'):
+    with pytest.raises(ValueError, match=r'hostile\.pth cannot be read .* nothing of it was'):
         load_official_checkpoint(ODResNet(depth=18), path)
     path.write_bytes(pickle.dumps(3)[:2])
-    with pytest.raises(ValueError, match='cannot be read as a file of weights'):
+    with pytest.raises(ValueError, match=r'hostile\.pth cannot be read as a checkpoint'):
         load_official_checkpoint(ODResNet(depth=18), path)
 
 

@@ -169,6 +169,10 @@ class TestLatestCheckpoint:
         (folder / 'last_checkpoint').unlink()
         assert latest_checkpoint(str(folder)).path == str(folder / 'epoch_2.pth')
 
+    def test_is_no_link_that_leads_nowhere(self, folder):
+        (folder / 'latest.pth').symlink_to(folder / 'epoch_9.pth')
+        assert latest_checkpoint(str(folder)).path == str(folder / 'epoch_2.pth')
+
     def test_is_none_in_a_new_folder(self, tmp_path):
         assert latest_checkpoint(str(tmp_path)) is None
 

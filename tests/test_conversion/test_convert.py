@@ -525,6 +525,11 @@ def test_a_pattern_that_matches_nothing_is_an_error(argument, pattern, message):
     assert not odconvs(model)
 
 
+def test_a_pattern_of_another_type_is_an_error():
+    with pytest.raises(ValueError, match='include None is not a regular expression'):
+        convert_to_odconv(Net(nn.Conv2d(4, 4, 3)), include=None)
+
+
 def test_the_report():
     model = Net(ResNet(18, base_channels=8))
     before = sum(p.numel() for p in model.parameters())

@@ -1,15 +1,20 @@
 """The dense network as an ONNX file against PyTorch."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from torch import nn
 
 from mmdet_odconv.deployment import (
     export_dense_network,
     largest_difference,
+    onnx_network,
     use_onnx_network,
 )
 from mmdet_odconv.deployment.dense_network import flatten, unflatten
@@ -60,6 +65,19 @@ def test_exporting_leaves_the_detector(exported):
     model, path = exported
     assert any('bn' in name for name in model.state_dict())
     assert not any(path.parent.glob('*.data'))
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected', 'difference'), [(0.0, 0.0, 0.0), (1e-3, 0.0, 1e3), (1.5, 2.0, 0.25)]
+)
+def test_an_output_of_zeros_differs_by_nothing_from_zeros(monkeypatch, given, expected, difference):
+    network = mock.Mock(return_value=(torch.full((1, 3), expected),))
+    network.eval.return_value = network
+    file = SimpleNamespace(flat=lambda image: [torch.full((1, 3), given)])
+    monkeypatch.setattr(onnx_network, 'DenseNetwork', lambda detector: network)
+    monkeypatch.setattr(onnx_network, 'OnnxNetwork', lambda path: file)
+    found = largest_difference(nn.Identity(), 'file.onnx', [torch.zeros(1, 3, 4, 4)])
+    assert found == difference or found > difference > 1
 
 
 @pytest.mark.slow

@@ -105,15 +105,23 @@ def test_refuses_under_autocast_what_a_convolution_refuses_there(dtype):
         (dict(spatial=torch.rand(3, 4, dtype=DTYPE)), r'spatial attention must .* got \(3, 4\)'),
         (dict(kernel=torch.rand(3, 4, dtype=DTYPE)), r'kernel attention must .* got \(3, 4\)'),
         (dict(kernel=None), 'a bank of 3 kernels needs a kernel attention'),
+        (dict(bias=torch.rand(1, dtype=DTYPE)), r'bias must have shape \(6,\), got \(1,\)'),
+        (dict(stride=0), 'stride must be an int or 2 ints, each at least 1, got 0'),
+        (dict(stride=(1, 1, 1)), r'stride must be .*got \(1, 1, 1\)'),
+        (dict(dilation=0.5), 'dilation must be .*got 0.5'),
+        (dict(padding=-1), 'padding must be .*at least 0, got -1'),
+        (dict(padding='reflect'), "padding must be 'same', 'valid' or int.*got 'reflect'"),
+        (dict(padding='same', stride=2), "padding='same' needs stride 1, got stride=2"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(change, message):
+def test_arguments_that_do_not_fit_are_named(change, message):
     x, bank, attentions = problem()
-    groups = change.get('groups', 1)
-    x = change.get('x', x)
-    attentions = attentions._replace(**{k: v for k, v in change.items() if k in Attentions._fields})
+    change = dict(change)
+    attentions = attentions._replace(
+        **{name: change.pop(name) for name in Attentions._fields if name in change}
+    )
     with pytest.raises(ValueError, match=message):
-        odconv(x, bank, attentions, groups=groups)
+        odconv(change.pop('x', x), bank, attentions, **change)
 
 
 @pytest.mark.parametrize('name', [*STRATEGIES, 'auto'])

@@ -214,6 +214,9 @@ def test_a_model_without_odconv(tmp_path):
         (dict(images=1), 'images.*got 1'),
         (dict(min_std=-1), 'min_std.*got -1'),
         (dict(max_saturated=90), 'max_saturated.*got 90'),
+        (dict(interval='often'), "interval must be an integer, got 'often'"),
+        (dict(min_std='low'), "min_std must be a number, got 'low'"),
+        (dict(warn_after=0.5), 'warn_after must be an integer, got 0.5'),
     ],
 )
 def test_bad_arguments(args, message):

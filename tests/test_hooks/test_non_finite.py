@@ -127,7 +127,11 @@ def test_the_images_are_named():
 
 @pytest.mark.parametrize(
     ('options', 'message'),
-    [(dict(action='warn'), "action .*'warn'"), (dict(max_skips=0), 'max_skips .*got 0')],
+    [
+        (dict(action='warn'), "action .*'warn'"),
+        (dict(max_skips=0), 'max_skips .*got 0'),
+        (dict(max_skips='all'), "max_skips must be an integer, got 'all'"),
+    ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -182,7 +182,7 @@ def test_needs_the_checkpoint_hook_of_this_package(tmp_path):
         runner(tmp_path, hooks=hooks, checkpoint=dict(type='CheckpointHook')).train()
 
 
-@pytest.mark.parametrize('exit_code', [0, 256, -15])
+@pytest.mark.parametrize('exit_code', [0, 256, -15, 1.5])
 def test_exit_codes_out_of_range_are_refused(exit_code):
     with pytest.raises(ValueError, match=f'exit_code .*got {exit_code}'):
         PreemptionHook(exit_code=exit_code)

@@ -238,6 +238,8 @@ def test_a_model_without_odconv_is_warned_about(tmp_path, caplog):
         (dict(initial=0.5), 'initial.*got 0.5'),
         (dict(anneal_epochs=-1), 'anneal_epochs.*got -1'),
         (dict(anneal_iters=-2), 'anneal_iters.*got -2'),
+        (dict(anneal_epochs=None), 'anneal_epochs must be an integer, got None'),
+        (dict(initial=float('inf')), 'initial must be finite, got inf'),
         (dict(schedule='cosine'), "'cosine'"),
     ],
 )

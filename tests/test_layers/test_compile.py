@@ -155,6 +155,20 @@ def test_every_strategy_compiles(compiler, strategy):
     torch.testing.assert_close(outputs_and_gradients(run, model, x), expected)
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_an_empty_batch_compiles(compiler, training):
+    model = nn.Sequential(layer(), layer(in_channels=6))
+    x = torch.randn(0, 4, 6, 6, requires_grad=training)
+    run = torch.compile(model, fullgraph=True, backend=compiler)
+    with torch.set_grad_enabled(training):
+        y = run(x)
+    assert y.shape == (0, 6, 2, 2)
+    if training:
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert all((p.grad == 0).all() for p in model.parameters())
+
+
 def test_mixed_precision_compiles(compiler):
     model = nn.Sequential(layer(), layer(in_channels=6))
     x = torch.randn(2, 4, 6, 6)

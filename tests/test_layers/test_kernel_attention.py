@@ -83,6 +83,7 @@ def test_odconv_with_some_of_its_attentions(attentions):
     [
         (dict(attentions=('spatial',), kernel_num=2), "needs the 'kernel' attention.*2"),
         (dict(attentions=('kernels',)), r"attentions must be some of .*\('kernels',\)"),
+        (dict(attentions=None), 'attentions must be some of .*None'),
         (dict(attentions='kernel'), "attentions must be some of .*'kernel'"),
         (dict(kernel_activation='relu'), "'softmax' or 'sigmoid', got 'relu'"),
     ],
@@ -93,6 +94,14 @@ def test_bad_arguments_are_named(args, message):
 
 
 LAYERS = ['CondConv2d', 'DyConv2d']
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_arguments_with_a_fixed_value_are_named(name):
+    args = dict(type=name, in_channels=4, out_channels=6, kernel_size=3)
+    with pytest.raises(ValueError, match=rf"norm_cfg of a {name} .* None, got {{'type': 'LN'}}"):
+        MODELS.build(dict(args, norm_cfg=dict(type='LN')))
+    assert MODELS.build(dict(args, norm_cfg=None)).attention.kernel_fc is not None
 
 
 @pytest.mark.parametrize('name', LAYERS)
@@ -116,6 +125,17 @@ def test_backbones_take_them(name, backbone):
     assert {m.kernel_num for m in layers} == {2}
     sum(y.square().mean() for y in model(torch.randn(2, 3, 64, 64))).backward()
     assert all(m.weight.grad.abs().sum() > 0 for m in layers)
+
+
+def test_a_backbone_takes_a_class_as_well_as_a_name():
+    model = ODResNet(18, base_channels=8, odconv_cfg=dict(type=CondConv2d))
+    assert type(model.layer1[0].conv1) is CondConv2d
+
+
+@pytest.mark.parametrize('kind', ['Conv2d', 'ODConv1d', 'OdConv2d', nn.Conv2d, 2])
+def test_a_backbone_refuses_what_is_no_such_layer(kind):
+    with pytest.raises(ValueError, match=r"odconv_cfg\.type must be 'ODConv2d', .*got"):
+        ODResNet(18, odconv_cfg=dict(type=kind))
 
 
 @pytest.mark.parametrize('name', LAYERS)

@@ -160,6 +160,16 @@ class TestInitialisation:
         torch.testing.assert_close(model.eval()(x), plain(x), rtol=1e-4, atol=1e-5)
         assert model.temperature == STARTS[start].get('temperature', 1.0)
 
+    def test_weights_without_a_temperature_assigned_on_meta(self, start):
+        whole = layer(**STARTS[start]).eval()
+        published = whole.state_dict()
+        del published['attention.temperature']
+        with torch.device('meta'):
+            model = layer(**STARTS[start]).eval()
+            model.load_state_dict(published, assign=True)
+        x = image()
+        torch.testing.assert_close(model(x), whole(x))
+
 
 class TestMemoryFormat:
     @pytest.mark.parametrize('mode', [True, False])

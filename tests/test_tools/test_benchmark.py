@@ -97,4 +97,4 @@ def test_no_rounds_are_refused(tool, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['', '--table', '--rounds', '0'])
     with pytest.raises(SystemExit):
         tool.parse_args()
-    assert '--rounds must be at least 1, got 0' in capsys.readouterr().err
+    assert '--rounds: must be a whole number of at least 1, got 0' in capsys.readouterr().err

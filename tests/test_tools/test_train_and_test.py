@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +156,34 @@ def test_detections_are_drawn_into_png_files(trained, tmp_path):
     )
     pictures = sorted(p.name for p in tmp_path.iterdir())
     assert pictures == ['000000.png', '000001.png']
+
+
+def test_no_drawing_takes_the_place_of_an_image_or_of_another():
+    outputs = runpy.run_path(str(ROOT / 'tools/image_demo.py'))['output_files']
+    images = [Path('in/a.jpg'), Path('in/b.jpg'), Path('in/b.png')]
+    names = ['a.png', 'b.jpg.png', 'b.png.png']
+    assert outputs(images, Path('in')) == [Path('in', name) for name in names]
+    with pytest.raises(SystemExit, match=r'b\.png would be overwritten; .* --out-dir$'):
+        outputs(images[2:], Path('in'))
+
+
+def test_curves_of_a_run_that_was_killed_and_went_on(tmp_path):
+    """The first log is of another run, the second ends within a line."""
+    texts = (
+        '{"loss": 9.0, "step": 1}\n{"loss": 8.0, "step": 5}',
+        '{"loss": 2.5, "step": 1}\n{"coco/bbox_mAP": 0.5, "step": 1}\n'
+        '{"loss": 2.0, "step": 2}\n{"loss": 1.5, "st',
+        '{"loss": 1.9, "step": 2}\n{"loss": 1.0, "step": 3}\n{"coco/bbox_mAP": 0.6, "step": 2}',
+        '{"coco/bbox_mAP": 0.6, "step": 0}',
+    )
+    for time, text in enumerate(texts):
+        log = tmp_path / f'{time}/vis_data/scalars.json'
+        log.parent.mkdir(parents=True)
+        log.write_text(text)
+    tool = runpy.run_path(str(ROOT / 'tools/analysis_tools/plot_curves.py'))
+    losses, scores = tool['read_curves'](tool['logs_of_run'](tmp_path), ['bbox_mAP'])
+    assert losses == dict(loss={1: 2.5, 2: 1.9, 3: 1.0})
+    assert scores == dict(bbox_mAP={1: 0.5, 2: 0.6})
 
 
 def test_curves_are_drawn(trained, tmp_path):

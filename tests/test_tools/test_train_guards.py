@@ -60,6 +60,15 @@ def test_custom_hooks_that_are_no_list_are_named():
         guarded(custom_hooks=dict(type='EMAHook'))
 
 
+@pytest.mark.parametrize(
+    'config',
+    [dict(custom_hooks=['EMAHook']), dict(default_hooks=dict(checkpoint=dict(interval=2)))],
+)
+def test_a_hook_without_a_type_is_named(config):
+    with pytest.raises(SystemExit, match=r'^a hook must be a dict with a type, got .*(EMA|2)'):
+        guarded(**config)
+
+
 def test_a_runner_of_another_kind_keeps_its_hooks():
     assert guarded(runner_type='FlexibleRunner') == dict(runner_type='FlexibleRunner')
 

@@ -48,7 +48,7 @@ class Way:
     Attributes:
         bias (float, optional): ``attention_bias``; None for plain convolutions. Default: None.
         compensated (bool): Whether the banks' rate makes up for the constant attentions
-            (:func:`compensating_rates`). Default: False.
+            (:class:`~mmdet_odconv.ODConvOptimWrapperConstructor`). Default: False.
         norm (str): Norm of the attention, a key of ``NORMS``. Default: 'BN'.
         slower (float): What the learning rate of everything is divided by. Default: 1.
     """
@@ -118,7 +118,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--detector', help='checkpoint of the plain twin')
     parser.add_argument('--imagenet', help='weights of a MobileNetV2 1.0')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/warm_start'))
-    parser.add_argument('--seeds', type=int, default=3, help='runs of each way (default: 3)')
+    parser.add_argument(
+        '--seeds', type=cli.positive, default=3, help='runs of each way (default: 3)'
+    )
     parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='default: all')
     return parser.parse_args()
 
@@ -141,13 +143,14 @@ def run_config(start: str, way: Way, weights: str) -> Config:
     else:
         backbone.init_cfg = dict(type='Pretrained', checkpoint=weights)
 
-    keys = {'.attention.': dict(lr_mult=ATTENTION_RATE)}
-    if way.compensated:
-        keys |= compensating_rates(config)
-    config.optim_wrapper.optimizer = dict(
-        type='SGD', lr=settings.rate / way.slower, momentum=0.9, weight_decay=1e-4
+    config.optim_wrapper.update(
+        optimizer=dict(type='SGD', lr=settings.rate / way.slower, momentum=0.9, weight_decay=1e-4),
+        constructor='ODConvOptimWrapperConstructor',
+        paramwise_cfg=dict(
+            attention_lr_mult=ATTENTION_RATE,
+            bank_lr_mult='compensated' if way.compensated else 1.0,
+        ),
     )
-    config.optim_wrapper.paramwise_cfg = dict(custom_keys=keys)
     epochs = settings.epochs
     config.param_scheduler = [
         dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10),
@@ -160,21 +163,6 @@ def run_config(start: str, way: Way, weights: str) -> Config:
     for name in DATALOADERS:
         config[name].update(num_workers=0, persistent_workers=False)
     return config
-
-
-def compensating_rates(config: Config) -> dict[str, dict[str, float]]:
-    """Rates under which SGD moves the function of each bank as it would move the static kernel.
-
-    With constant attentions of product a the static kernel is a · Σ_j W_j / K: each W_j has a / K
-    times its gradient, and the K of them move it by a² / K as much. The decay of the weights is
-    left as it is.
-    """
-    rates = {}
-    for name, module in MODELS.build(config.model).named_modules():
-        if isinstance(module, ODConv2d):
-            factor = module.kernel_num / module.attention.reset_to_constant() ** 2
-            rates[f'{name}.weight'] = dict(lr_mult=factor, decay_mult=1 / factor)
-    return rates
 
 
 def evaluate(config: Config) -> dict[str, float]:

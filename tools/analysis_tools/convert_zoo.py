@@ -14,7 +14,7 @@ from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
-from mmdet_odconv import convert_to_odconv
+from mmdet_odconv import cli, convert_to_odconv
 
 # The configs of mmdet, by what they stand for.
 DETECTORS = {
@@ -116,8 +116,10 @@ class Features(nn.Module):
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--out', type=Path, default=Path('docs/zoo.md'), help='the table')
-    parser.add_argument('--kernel-num', type=int, default=4, help='K')
-    parser.add_argument('--size', type=int, default=320, help='pixels of the image for MAdds')
+    parser.add_argument('--kernel-num', type=cli.positive, default=4, help='K')
+    parser.add_argument(
+        '--size', type=cli.positive, default=320, help='pixels of the image for MAdds'
+    )
     return parser.parse_args()
 
 

@@ -80,6 +80,8 @@ def main() -> None:
     cli.shorten_report(config)
     with cli.mistakes_in_one_sentence(config):
         model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
+    if args.backbone and not hasattr(model, 'backbone'):
+        raise SystemExit(f'{args.config}: {type(model).__name__} has no backbone of its own')
     part = model.backbone if args.backbone else model
     print(f'one image of {args.shape[0]}×{args.shape[1]}')
     try:

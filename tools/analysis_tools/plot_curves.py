@@ -3,14 +3,17 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
-Curve = tuple[list[float], list[float]]
+Curve = dict[float, float]  # the values by their steps
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,53 +29,67 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def latest_log(work_dir: Path) -> Path:
-    """The newest scalar log that mmengine's LocalVisBackend left under ``work_dir``."""
+def logs_of_run(work_dir: Path) -> list[Path]:
+    """The scalar logs of the latest run under ``work_dir``, each of its resumptions having one."""
     # The folders are named by their time; those of tests have no scalars or none of training.
-    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    logs = [log for log in logs if '"loss"' in log.read_text(encoding='utf-8')]
+    steps = {log: first_step(log) for log in sorted(work_dir.glob('*/vis_data/scalars.json'))}
+    logs = [log for log, step in steps.items() if step is not None]
     if not logs:
         raise SystemExit(f'no training log in {work_dir.absolute()}/*/vis_data/scalars.json')
-    return logs[-1]
+    start = len(logs) - 1
+    while start and steps[logs[start - 1]] < steps[logs[start]]:  # it went on from there
+        start -= 1
+    return logs[start:]
 
 
-def read_curves(log: Path, metrics: list[str]) -> tuple[dict[str, Curve], dict[str, Curve]]:
-    """The losses over iterations and the metrics over the validations' steps."""
+def first_step(log: Path) -> int | None:
+    """The first iteration whose loss is in a log."""
+    return next((record['step'] for record in records(log) if 'loss' in record), None)
+
+
+def records(log: Path) -> Iterator[dict[str, float]]:
+    """The lines of a log. The last one may be cut off if the run was killed, and is left out."""
+    for line in log.read_text(encoding='utf-8').splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
+def read_curves(logs: list[Path], metrics: list[str]) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """The losses over iterations and the metrics over the validations' steps.
+
+    Of a step that is in several logs the last one holds.
+    """
     losses: dict[str, Curve] = {}
     scores: dict[str, Curve] = {}
-    for line in log.read_text(encoding='utf-8').splitlines():
-        record = json.loads(line)
+    for record in (record for log in logs for record in records(log)):
         for key, value in record.items():
             name = key.removeprefix('coco/')
             if 'loss' in key:
-                curves = losses
+                losses.setdefault(name, {})[record['step']] = value
             elif name in metrics:
-                curves = scores
-            else:
-                continue
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(record['step'])
-            values.append(value)
+                scores.setdefault(name, {})[record['step']] = value
     return losses, scores
+
+
+def draw(axes: Axes, curves: dict[str, Curve], **style: str) -> None:
+    """A line for each curve, with a legend."""
+    for name, curve in curves.items():
+        axes.plot(*zip(*sorted(curve.items()), strict=True), label=name, **style)
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend()
 
 
 def main() -> None:
     args = parse_args()
-    log = latest_log(args.work_dir)
-    losses, scores = read_curves(log, args.metrics)
+    losses, scores = read_curves(logs_of_run(args.work_dir), args.metrics)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-    for name, (steps, values) in losses.items():
-        left.plot(steps, values, label=name)
+    draw(left, losses)
     left.set(title='Training', xlabel='iteration', ylabel='loss')
     left.set_ylim(bottom=0)
-    for name, (steps, values) in scores.items():
-        right.plot(steps, values, marker='o', label=name)
+    draw(right, scores, marker='o')
     right.set(title='Validation', xlabel='epoch (iteration in runs by iteration)', ylabel='AP')
     right.set_ylim(0, 1)
-    for axes, curves in ((left, losses), (right, scores)):
-        axes.grid(alpha=0.3)
-        if curves:
-            axes.legend()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out, dpi=120)
     print(f'wrote {args.out}')

@@ -64,6 +64,8 @@ def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
     meter.all_reduce()
     metric = metric_of(metrics, name)
     means = meter.means()
+    if not means:
+        raise SystemExit(f'{runner.cfg.filename}: the detector uses none of its ODConv layers')
 
     def test_with(static: list[str]) -> float:
         with static_attentions(runner.model, {layer: means[layer] for layer in static}):
@@ -101,7 +103,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     args = parse_args()
-    config = cli.runner_config(args)
+    config = cli.runner_config(args, 'test_dataloader', 'test_cfg', 'test_evaluator')
     cli.require_file(args.checkpoint, 'checkpoint')
     require_datasets(config, ('test_dataloader',))
     cli.require_new_file(args.out, args.force)

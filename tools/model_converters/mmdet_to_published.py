@@ -6,7 +6,7 @@ import argparse
 import torch
 
 from mmdet_odconv import cli
-from mmdet_odconv.checkpoint.official import read_weights, rename_to_published, state_dict_of
+from mmdet_odconv.checkpoint.official import rename_to_published, state_dict_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,10 +19,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cli.require_file(args.checkpoint, 'checkpoint')
+    checkpoint = cli.require_checkpoint(args.checkpoint)
     cli.require_new_file(args.out, args.force)
     try:
-        state_dict = rename_to_published(state_dict_of(read_weights(args.checkpoint)))
+        state_dict = rename_to_published(state_dict_of(checkpoint.content))
     except ValueError as error:
         raise SystemExit(f'{args.checkpoint}: {error}') from error
     torch.save({'state_dict': state_dict}, args.out)

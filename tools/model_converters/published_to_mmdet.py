@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 from mmdet_odconv import cli, load_official_checkpoint
-from mmdet_odconv.checkpoint.official import read_weights, state_dict_of
+from mmdet_odconv.checkpoint.official import state_dict_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,22 +31,21 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cli.require_file(args.checkpoint, 'checkpoint')
+    checkpoint = cli.require_checkpoint(args.checkpoint)
     config = cli.load_config(args.config, args.cfg_options)
     cli.require_new_file(args.out, args.force)
     register_all_modules()
     model = MODELS.build(config.model)
     try:
-        content = read_weights(args.checkpoint)
-        names = state_dict_of(content)
-        load_official_checkpoint(model, content)
+        names = state_dict_of(checkpoint.content)
+        load_official_checkpoint(model, checkpoint.content)
     except (RuntimeError, ValueError) as error:
         raise SystemExit(f'{args.checkpoint}: {error}') from error
 
     whole = any('backbone.' in name for name in names)
     meta = {}
-    if 'CLASSES' in (content.get('meta') or {}):
-        meta['dataset_meta'] = {'classes': tuple(content['meta']['CLASSES'])}
+    if 'CLASSES' in checkpoint.meta:
+        meta['dataset_meta'] = {'classes': tuple(checkpoint.meta['CLASSES'])}
     state_dict = model.state_dict() if whole else model.backbone.state_dict()
     torch.save({'state_dict': state_dict, 'meta': meta}, args.out)
     print(f'wrote {args.out} ({"detector" if whole else "backbone"}, {len(state_dict)} entries)')

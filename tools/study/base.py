@@ -29,8 +29,8 @@ param_scheduler = [
     ),
 ]
 
-# Means over 100 iterations, and a checkpoint to go on from at each evaluation. The one before is
-# kept as well: a run may be stopped while it writes, or evaluates.
+# Losses are logged as means over 100 iterations. Two checkpoints are kept, because a run may be
+# stopped while it writes or evaluates the newer one.
 log_processor = dict(window_size=100)
 default_hooks = dict(
     logger=dict(interval=100),
