@@ -191,7 +191,8 @@ def test_a_checkpoint_counts_once_it_has_been_evaluated(tool, tmp_path):
     metrics = {
         f'coco/bbox_{n}': 0.1 for n in ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
     }
-    log.write_text(json.dumps({**metrics, 'step': 9}) + '\n')
+    # The second line was cut off by a kill.
+    log.write_text(json.dumps({**metrics, 'step': 9}) + '\n{"loss": 0.')
     assert last_checkpoint(tmp_path) == tmp_path / 'epoch_9.pth'
     assert last_checkpoint(tmp_path, evaluated=False) == tmp_path / 'epoch_10.pth'
 

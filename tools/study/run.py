@@ -124,7 +124,10 @@ def scalars(work_dir: Path) -> dict[str, list[dict[str, float]]]:
     evaluations: dict[int, dict[str, float]] = {}
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
         for line in path.read_text(encoding='utf-8').splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the last line of a run that was killed
+                continue
             if 'loss' in entry:
                 training[entry['step']] = {
                     'iteration': entry['step'],
