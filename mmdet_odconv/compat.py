@@ -26,6 +26,9 @@ _SUPPORTED = {
 # compiled layer is made of the formula's operations and keeps more memory for its backward pass.
 COMPILED_OPERATOR = hasattr(torch.library, 'custom_op') and hasattr(torch.compiler, 'is_exporting')
 
+# Whether the exporter of ONNX files can leave height and width free (from torch 2.6 on).
+ONNX_EXPORT = hasattr(getattr(getattr(torch, 'export', None), 'Dim', None), 'DYNAMIC')
+
 # Its name before torch 2.2.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
 
