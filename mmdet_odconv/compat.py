@@ -3,15 +3,17 @@
 import codecs
 import pickle
 from _compat_pickle import IMPORT_MAPPING
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import _weights_only_unpickler
+
+_Function = TypeVar('_Function', bound=Callable[..., Any])
 
 # Each package with the least version supported and the first that is not.
 _SUPPORTED = {
@@ -26,6 +28,9 @@ _SUPPORTED = {
 # compiled layer is made of the formula's operations and keeps more memory for its backward pass.
 COMPILED_OPERATOR = hasattr(torch.library, 'custom_op') and hasattr(torch.compiler, 'is_exporting')
 
+# Whether the exporter of ONNX files can leave height and width free (from torch 2.6 on).
+ONNX_EXPORT = hasattr(getattr(getattr(torch, 'export', None), 'Dim', None), 'DYNAMIC')
+
 # Its name before torch 2.2.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
 
@@ -37,6 +42,15 @@ _allowed: dict[str, Any] = {'_codecs.encode': codecs.encode}
 
 # Before torch 2.4 each device had functions of its own.
 _AUTOCAST_BY_DEVICE = hasattr(torch, 'get_autocast_dtype')
+
+
+def not_compiled(function: _Function) -> _Function:
+    """A decorator: where older compilers come to ``function``, they call it as it is.
+
+    torch.compile of torch 2.1 cannot follow a whole layer. It makes graphs of some parts, and fails
+    at what writes into given memory or asks for shapes that change.
+    """
+    return function if COMPILED_OPERATOR else torch.compiler.disable(function)
 
 
 def check_versions() -> None:

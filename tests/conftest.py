@@ -12,6 +12,7 @@ from hypothesis import settings
 from mmengine.logging import MessageHub
 
 import mmdet_odconv  # noqa: F401  registers everything
+from mmdet_odconv.compat import ONNX_EXPORT
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared' / 'data'
@@ -47,6 +48,14 @@ def tell_the_first_iteration() -> None:
 @pytest.fixture
 def _first_iteration() -> None:
     tell_the_first_iteration()
+
+
+@pytest.fixture(scope='session')
+def _onnx_export() -> None:
+    for package in ('onnx', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(package)
+    if not ONNX_EXPORT:
+        pytest.skip('ONNX files are written from torch 2.6 on')
 
 
 @pytest.fixture

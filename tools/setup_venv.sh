@@ -39,6 +39,14 @@ printf '%s\n' "${torch[@]}" | grep -E '^[A-Za-z0-9._-]+[<>=~!]' >"$venv/torch.tx
 version=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
 cache=$(pip cache dir 2>/dev/null) && cache=$cache/torch-$version || cache=
 
+# mmcv asks for C++17, and torch's headers from 2.14 on for C++20: the last option counts.
+headers=$("$venv/bin/python" -c 'import torch; print(*torch.__path__)')/include
+if grep -q 'C++20 or later' "$headers/ATen/ATen.h"; then
+    printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "${CXX:-c++}" >"$venv/bin/c++20"
+    chmod +x "$venv/bin/c++20"
+    CXX=$(realpath "$venv/bin/c++20") && export CXX
+fi
+
 echo '== 3/4  mmcv and mmdet; mmcv is compiled: about 8 minutes on 2 cores the first time, then'
 echo '        pip has the wheel. Its progress (files compiled/files in all):'
 log=$venv/mmcv-build.log

@@ -16,6 +16,7 @@ import torch
 from mmdet.models.detectors import SingleStageDetector
 from torch import Tensor, nn
 
+from ..compat import ONNX_EXPORT
 from .fuse import fuse_odconv_bn
 
 # Where the file says how its flat list of outputs is nested in what the head returns.
@@ -57,10 +58,15 @@ def export_dense_network(
     Raises:
         ValueError: The detector is not a single-stage detector, or it has an operation that ONNX
             does not have.
+        RuntimeError: The version of PyTorch is older than 2.6.
     """
     import onnx
 
     network = DenseNetwork(detector).eval()
+    if not ONNX_EXPORT:
+        raise RuntimeError(
+            f'torch {torch.__version__} is installed; writing ONNX files needs torch>=2.6'
+        )
     height, width = shape
     # A square example would make the exporter take height and width for one and the same.
     image = torch.zeros(1, 3, height, width + 32 * (height == width))

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..compat import COMPILED_OPERATOR, autocast_dtype, is_compiling, without_autocast
+from ..compat import (
+    COMPILED_OPERATOR,
+    autocast_dtype,
+    is_compiling,
+    not_compiled,
+    without_autocast,
+)
 from .attention import Attentions, cast
 from .dispatch import check_strategy, measurements, pick, record
 from .formula import odconv_formula
@@ -74,7 +80,18 @@ def odconv(
     if needs_plain_operations(x, bank):
         check_strategy(strategy, len(bank))
         return odconv_formula(x, bank, attentions, bias, geometry)
+    return _call(x, bank, attentions, bias, geometry, strategy)
 
+
+@not_compiled
+def _call(
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None,
+    geometry: Geometry,
+    strategy: str,
+) -> Tensor:
     bank = bank.contiguous()
     training = _needs_gradients(x, bank, *attentions, bias)
     implementation = _choose(strategy, x, bank, attentions, geometry, training)

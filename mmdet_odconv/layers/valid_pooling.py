@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import not_compiled
 from ..functional import at_least_float32
 
 
@@ -36,6 +37,7 @@ class ValidSizes:
     def __reduce__(self) -> tuple[Any, ...]:
         return ValidSizes, ()
 
+    @not_compiled
     def before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Take the sizes from the arguments of a detector of mmdet: images and data samples."""
         inputs = kwargs.get('inputs', args[0] if args else None)

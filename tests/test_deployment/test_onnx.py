@@ -44,7 +44,7 @@ def detector(head=None):
 
 
 @pytest.fixture(scope='module')
-def exported(tmp_path_factory):
+def exported(_onnx_export, tmp_path_factory):
     torch.manual_seed(0)
     model = detector()
     path = tmp_path_factory.mktemp('onnx') / 'detector.onnx'
@@ -112,6 +112,12 @@ def test_nesting_is_kept():
     assert unflatten(structure, tensors) == [[a, [b]], None, c]
     with pytest.raises(ValueError, match='tensors, not dict'):
         flatten([{}], [])
+
+
+def test_an_older_torch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr('mmdet_odconv.deployment.dense_network.ONNX_EXPORT', False)
+    with pytest.raises(RuntimeError, match=r'writing ONNX files needs torch>=2\.6'):
+        export_dense_network(detector(), tmp_path / 'x.onnx', (64, 64))
 
 
 def test_two_stages_are_refused(tmp_path):

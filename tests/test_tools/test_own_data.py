@@ -61,9 +61,8 @@ def own(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('_onnx_export')
 def test_a_small_detector(own, monkeypatch):
-    pytest.importorskip('onnxscript')
-    pytest.importorskip('onnxruntime')
     monkeypatch.chdir(own.root)
     *walk, longer = commands('A small detector from scratch')
     names = [os.path.basename(command[1]) for command in walk]

@@ -125,9 +125,8 @@ def test_fused_norms_leave_the_metrics(trained, tmp_path, ema):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('_onnx_export')
 def test_an_onnx_file_has_the_metrics_of_the_detector(trained, tmp_path):
-    pytest.importorskip('onnxscript')
-    pytest.importorskip('onnxruntime')
     out, options = tmp_path / 'detector.onnx', ('--cfg-options', *SMALL)
     export = ('deployment/export_onnx.py', CONFIG, trained.checkpoint, '--out', out)
     result = run_tool(*export, '--images', trained.shapes / 'val', *options, shapes=trained.shapes)
