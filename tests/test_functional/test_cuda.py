@@ -75,9 +75,15 @@ def images(batch=4):
     return torch.randn(batch, 3, 20, 24, generator=generator).to(CUDA)
 
 
+def grad_scaler(enabled):
+    if hasattr(torch.amp, 'GradScaler'):
+        return torch.amp.GradScaler(CUDA, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)  # before torch 2.3
+
+
 def step(model, x, dtype=None):
     """The output and the gradients of a training step, in mixed precision if a type is given."""
-    scaler = torch.amp.GradScaler(CUDA, enabled=dtype is torch.float16)
+    scaler = grad_scaler(enabled=dtype is torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torch.autocast(CUDA, dtype or torch.float16, enabled=dtype is not None):
         y = model(x)
