@@ -5,7 +5,7 @@ The environment variable STATIC_DETECTOR names its checkpoint.
 
 _base_ = './shapes.py'
 
-load_from = '{{$STATIC_DETECTOR:work_dirs/study/narrow/plain-0/epoch_4.pth}}'
+load_from = '{{$STATIC_DETECTOR:work_dirs/study/narrow/plain-1/epoch_4.pth}}'
 
 train_cfg = dict(max_epochs=2)
 param_scheduler = _base_.param_scheduler
