@@ -108,6 +108,8 @@ cuda: $(READY)
 	$(BIN)/python tools/benchmark.py --table --device cuda --out work_dirs/benchmark_cuda.json
 	$(BIN)/python tools/benchmark.py --compiled --device cuda --out work_dirs/benchmark_cuda_compiled.json
 
+# Threads that spin while they wait make it several times slower where other programs run.
+demo: export OMP_WAIT_POLICY := passive
 demo: $(READY)
 	$(BIN)/python tools/make_shapes_dataset.py $(DEMO_DATA) --train 1200
 	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR)
