@@ -106,8 +106,11 @@ def latest_checkpoint(work_dir: str) -> Checkpoint | None:
         CheckpointFileError: There are checkpoints, but none can be read.
     """
     folder = Path(work_dir)
-    files = [path for path in folder.glob('*.pth') if path.is_file()]  # no broken links
-    files = [path for path in files if not path.name.startswith('best_')]
+    files = [  # without broken links
+        path
+        for path in folder.glob('*.pth')
+        if path.is_file() and not path.name.startswith('best_')
+    ]
     files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     record = folder / 'last_checkpoint'
     named = Path(os.fsdecode(record.read_bytes()).strip()) if record.is_file() else None

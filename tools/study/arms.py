@@ -71,6 +71,11 @@ def attention_rate(options: Options, factor: float) -> Options:
     }
 
 
+def on(base: Options, arms: dict[str, Options]) -> dict[str, Options]:
+    """The arms on top of further changes."""
+    return {arm: {**base, **options} for arm, options in arms.items()}
+
+
 def at_rate(arms: dict[str, Options], rate: float) -> dict[str, Options]:
     """The arms with another learning rate."""
     return {arm: {**options, 'optim_wrapper.optimizer.lr': rate} for arm, options in arms.items()}
@@ -122,44 +127,38 @@ LIGHT: Options = {
     'model.bbox_head.anchor_generator.octave_base_scale': 1.5,
     'model.bbox_head.anchor_generator.strides': [8, 16, 32],
 }
-LIGHT_ARMS = {arm: {**LIGHT, **options} for arm, options in ARMS.items()}
-LIGHT_PRETRAINED_ARMS = {arm: {**LIGHT, **options} for arm, options in PRETRAINED_ARMS.items()}
+LIGHT_ARMS = on(LIGHT, ARMS)
+LIGHT_PRETRAINED_ARMS = on(LIGHT, PRETRAINED_ARMS)
 SMALL_BATCH_ARMS = at_rate(LIGHT_PRETRAINED_ARMS, 0.002)
 # The same with half the channels.
-NARROW_ARMS = {arm: {**wide(8), **options} for arm, options in LIGHT_ARMS.items()}
+NARROW_ARMS = on(wide(8), LIGHT_ARMS)
 NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}
 BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
 DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
-NARROW_PRETRAINED_ARMS = {
-    arm: {**wide(8), **options} for arm, options in LIGHT_PRETRAINED_ARMS.items()
-}
+NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
 
-# The same with MobileNetV2 of a quarter of its channels, which has ODConv in every convolution but
-# the first, as in the paper.
-MOBILE: Options = {
-    **LIGHT,
-    'model.backbone': dict(
+
+def mobile(kind: str, **odconv: Any) -> Options:
+    """A light detector with a MobileNetV2 of a quarter of its channels.
+
+    Its ODConv kind has ODConv in every convolution but the first, as in the paper.
+    """
+    backbone = dict(
         _delete_=True,
-        type='MobileNetV2',
+        type=kind,
         widen_factor=0.25,
         out_indices=(1, 2, 4, 7),
         norm_eval=False,
         init_cfg=None,
-    ),
-    'model.neck.in_channels': [8, 8, 24, 1280],
-}
-
-
-def mobile(**odconv: Any) -> Options:
-    """The network with an OD-MobileNetV2."""
-    options = {f'model.backbone.{name}': value for name, value in odconv.items()}
-    return {**MOBILE, 'model.backbone.type': 'ODMobileNetV2', **options}
+        **odconv,
+    )
+    return {**LIGHT, 'model.backbone': backbone, 'model.neck.in_channels': [8, 8, 24, 1280]}
 
 
 MOBILE_ARMS = {
-    'plain': MOBILE,
-    'od_k1': mobile(kernel_num=1),
-    'od_k4': mobile(kernel_num=4),
-    'od_k4_running': mobile(kernel_num=4, odconv_cfg=dict(norm_cfg=RUNNING)),
+    'plain': mobile('MobileNetV2'),
+    'od_k1': mobile('ODMobileNetV2', kernel_num=1),
+    'od_k4': mobile('ODMobileNetV2', kernel_num=4),
+    'od_k4_running': mobile('ODMobileNetV2', kernel_num=4, odconv_cfg=dict(norm_cfg=RUNNING)),
 }
