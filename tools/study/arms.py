@@ -114,6 +114,7 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4_running': dynamic(4, norm_cfg=RUNNING),
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
+    'condconv_k4': dynamic(4, type='CondConv2d'),
 }
 
 # A harder task for the same backbone: with a light neck and head, and from stride 8 on, as most
@@ -137,6 +138,7 @@ BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
 DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
+FINE_TUNE_BATCH2_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.003)
 
 
 def mobile(kind: str, **odconv: Any) -> Options:
