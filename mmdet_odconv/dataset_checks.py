@@ -17,7 +17,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from .cli import not_found
+from .cli.files import not_found
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # Reading COCO's own annotations takes mmdet half a minute, which is not to be spent twice.

@@ -1,0 +1,48 @@
+"""What the command-line tools share.
+
+A user's mistake (a path, a name, a value) ends a tool with one sentence and exit status 1.
+"""
+
+from .arguments import add_config_options, add_force, add_runner_arguments, positive
+from .configs import build_runner, load_config, runner_config, shorten_report
+from .files import (
+    find_images,
+    not_found,
+    require_file,
+    require_new_file,
+    require_packages,
+    require_writable,
+)
+from .mistakes import mistakes_in_one_sentence
+from .weights import (
+    load_detector,
+    require_checkpoint,
+    require_odconv_layers,
+    require_same_start,
+    require_start_weights,
+    require_weights,
+)
+
+__all__ = [
+    'add_config_options',
+    'add_force',
+    'add_runner_arguments',
+    'build_runner',
+    'find_images',
+    'load_config',
+    'load_detector',
+    'mistakes_in_one_sentence',
+    'not_found',
+    'positive',
+    'require_checkpoint',
+    'require_file',
+    'require_new_file',
+    'require_odconv_layers',
+    'require_packages',
+    'require_same_start',
+    'require_start_weights',
+    'require_weights',
+    'require_writable',
+    'runner_config',
+    'shorten_report',
+]

@@ -1,0 +1,230 @@
+"""The weights that a tool starts from, and what it says where they are missing or do not fit."""
+
+import json
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import torch
+from mmdet.apis import init_detector
+from mmengine.config import Config
+from mmengine.dist import all_gather_object
+from mmengine.runner.checkpoint import (
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+)
+from torch import Tensor, nn
+
+from ..analysis import odconv_layers
+from ..checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
+from ..layers.odconv import _ODConvNd
+from .configs import shorten_report
+from .files import not_found, require_file
+from .mistakes import mistakes_in_one_sentence
+
+
+def load_detector(
+    config: Config, checkpoint: str, device: str = 'cpu', odconv: bool = False
+) -> nn.Module:
+    """The detector of a config with all its weights from a checkpoint, in evaluation mode.
+
+    Args:
+        config (Config): A whole config.
+        checkpoint (str): The checkpoint, as MMEngine takes it.
+        device (str): Where the detector goes. Default: 'cpu'.
+        odconv (bool): Whether it has to have an ODConv layer. Default: False.
+
+    Raises:
+        SystemExit: The device, the file or the layer is not there, or the config and the checkpoint
+            do not fit each other.
+    """
+    _require_device(device)
+    content = require_checkpoint(checkpoint)
+    shorten_report(config)
+    with mistakes_in_one_sentence(config):
+        # With options, if empty, mmdet does not look for a backbone in an ODConvModel's config.
+        model = init_detector(config, checkpoint, device=device, cfg_options={})
+    if odconv:
+        require_odconv_layers(model, config.filename)
+    require_weights(model, content)
+    return model
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise SystemExit(f'--device {device} cannot be used: {reason}') from error
+
+
+def require_odconv_layers(model: nn.Module, config: str) -> None:
+    """End the program if the model of a config has no ODConv layer to analyse."""
+    try:
+        odconv_layers(model)
+    except ValueError as error:
+        raise SystemExit(f'{config}: {error}') from error
+
+
+def require_checkpoint(path: str) -> Checkpoint:
+    """Read a checkpoint, and end the program unless that is possible without running its code.
+
+    The tools call this before MMEngine opens the file, which with some versions runs that code.
+
+    Args:
+        path (str): The checkpoint, as MMEngine takes it.
+
+    Raises:
+        SystemExit: The message names the file and the cause.
+    """
+    require_file(path, 'checkpoint')
+    try:
+        return read_checkpoint(path)
+    except CheckpointFileError as error:
+        raise SystemExit(str(error)) from error
+
+
+def require_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """End the program unless a checkpoint has all the weights of a model.
+
+    MMEngine itself only logs what does not fit, and a model with random weights in some of its
+    layers then has an AP of 0, or draws nothing. The weights are loaded; what the checkpoint has
+    beyond them does not matter. A static kernel fits a bank.
+
+    Args:
+        model (nn.Module): The detector, without wrappers.
+        checkpoint (Checkpoint): The checkpoint.
+
+    Raises:
+        SystemExit: Entries are missing, have other shapes or values that are not finite. The
+            message names the first of them, and both numbers of kernels or of classes.
+    """
+    state_dict = checkpoint.content.get('state_dict', checkpoint.content)
+    entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    complaints = _other_shapes(model, entries)
+    broken = not_finite(model, entries)
+    if broken:
+        complaints.append(
+            f'{len(broken)} of its weights have values that are not finite, such as {broken[0]}'
+        )
+    if not complaints:
+        own: Any = type(state_dict)(entries)
+        if hasattr(state_dict, '_metadata'):
+            own._metadata = state_dict._metadata
+        missing = model.load_state_dict(own, strict=False).missing_keys
+        if missing:
+            number = len(model.state_dict())
+            complaints = [
+                f'{len(missing)} of the {number} weights of the model are not in the file, such as '
+                f'{missing[0]}'
+            ]
+    if complaints:
+        raise SystemExit(f'{checkpoint.path} does not fit the config: {"; ".join(complaints)}')
+
+
+def _other_shapes(model: nn.Module, entries: dict[str, Any]) -> list[str]:
+    """What has one shape in the file and another in the model, banks of another K apart."""
+    banks = {
+        f'{name}.weight' if name else 'weight'
+        for name, module in model.named_modules()
+        if isinstance(module, _ODConvNd)
+    }
+    kernel_nums: Counter[tuple[int, int]] = Counter()
+    others = []
+    for name, ours in model.state_dict().items():
+        theirs = entries.get(name)
+        if not isinstance(theirs, Tensor) or theirs.shape == ours.shape:
+            continue
+        if name in banks and theirs.shape == ours.shape[1:]:
+            continue
+        if name in banks and theirs.shape[1:] == ours.shape[1:]:
+            kernel_nums[len(theirs), len(ours)] += 1
+        elif not name.endswith(('attention.kernel_fc.weight', 'attention.kernel_fc.bias')):
+            others.append(
+                f'{name} has shape {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the '
+                'config'
+            )
+    complaints = [
+        f'{number} banks have K={theirs} in the file, K={ours} in the config'
+        for (theirs, ours), number in kernel_nums.items()
+    ]
+    if others:
+        more = f' (and {len(others) - 1} more like it)' if len(others) > 1 else ''
+        complaints.append(others[0] + more)
+    return complaints
+
+
+def require_same_start(checkpoint: Checkpoint | None) -> None:
+    """End the program unless all processes go on from the same checkpoint, or all start anew.
+
+    Args:
+        checkpoint (Checkpoint, optional): What this process goes on from, None if it starts anew.
+
+    Raises:
+        SystemExit: In all processes; the message has the hosts and checkpoints of two that differ.
+    """
+    where, meta = f'anew on {platform.node()}', {}
+    if checkpoint is not None:
+        meta = checkpoint.meta
+        where = f'from {checkpoint.path} (iteration {meta.get("iter")}) on {platform.node()}'
+    starts = all_gather_object((meta.get('iter'), meta.get('time'), where))
+    for *start, other in starts:
+        if start != list(starts[0][:2]):
+            raise SystemExit(
+                f'the processes would not go on from the same place, but {starts[0][2]} and '
+                f'{other}: --work-dir must be a folder that all hosts share, or each host needs a '
+                'copy of the same checkpoint'
+            )
+
+
+def require_start_weights(model: nn.Module) -> None:
+    """End the program unless the weights that an ``init_cfg`` starts the training from can be had.
+
+    Args:
+        model (nn.Module): The detector; wrapped ones too.
+
+    Raises:
+        SystemExit: A file cannot be loaded, say because there is no network. The message has the
+            file to fetch and the option to set.
+    """
+    for name, module in model.named_modules():
+        key = 'model' + f'.{name}'.removesuffix('.').removeprefix('.module')
+        given = getattr(module, 'init_cfg', None)
+        for init_cfg in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+                without = f'{key}.init_cfg=None'
+                if getattr(module, 'frozen_stages', -1) >= 0:
+                    without += f' {key}.frozen_stages=-1 {key}.norm_eval=False'
+                _require_loadable(init_cfg['checkpoint'], f'{key}.init_cfg.checkpoint', without)
+
+
+def _require_loadable(path: str, option: str, without: str) -> None:
+    if '://' not in path and not Path(path).exists():
+        raise SystemExit(f'{not_found(path, option)}; to start without it set {without}')
+    try:
+        read_checkpoint(path)
+    except CheckpointFileError as error:  # no network and no torchvision, too
+        address = _address(path)
+        fetch = f'fetch {address} and set' if address else 'set'
+        raise SystemExit(
+            f'{option}: {error}; {fetch} --cfg-options {option}=FILE, '
+            f'or start without these weights by --cfg-options {without}'
+        ) from error
+
+
+def _address(path: str) -> str | None:
+    """Where on the web the file is that MMEngine means by ``path``."""
+    scheme, _, name = path.partition('://')
+    name = get_deprecated_model_names().get(name, name)
+    if scheme in ('http', 'https'):
+        return path
+    if scheme in ('torchvision', 'modelzoo'):
+        addresses = Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json'
+        known = json.loads(addresses.read_text(encoding='utf-8'))
+        return known.get(name.lower())
+    if scheme in ('open-mmlab', 'openmmlab'):
+        return get_external_models().get(name)
+    return get_mmcls_models().get(name) if scheme == 'mmcls' else None
