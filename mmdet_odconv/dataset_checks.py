@@ -5,6 +5,7 @@ cause, in the first validation at the latest. Image files are looked at when the
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import cv2
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from .cli.files import not_found
@@ -161,7 +163,7 @@ def _require_heads(key: str, classes: list[str], model: Any) -> None:
 def _require_evaluator(config: Config, key: str, datasets: list[tuple[str, Any]]) -> None:
     """Let the evaluators read the annotations of the images that they judge.
 
-    With those of others the AP is 0, or there is none.
+    With those of others the AP is 0, or there is none; with those of more images it is too low.
     """
     evaluators = config.get(key) or []
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
@@ -172,6 +174,8 @@ def _require_evaluator(config: Config, key: str, datasets: list[tuple[str, Any]]
             raise SystemExit(f'{not_found(path, f"annotation file of {key}")}; set {key}.ann_file')
         for name, dataset in datasets if len(datasets) == 1 else []:
             own = _full(dataset, dataset.get('ann_file') or '')
+            if dataset.get('indices') is not None:
+                _warn_of_left_out_images(f'{name}.indices leaves images of {own} out', key)
             if not _is_coco(dataset) or not os.path.isfile(own) or os.path.samefile(own, path):
                 continue
             judged, known = (_images(file) for file in (own, path))
@@ -180,6 +184,18 @@ def _require_evaluator(config: Config, key: str, datasets: list[tuple[str, Any]]
                     f'{key}.ann_file={path} does not have the images of {own}, the annotation file '
                     f'of {name}; set the two to the same file'
                 )
+            if judged and judged < known:
+                number = len(known - judged)
+                _warn_of_left_out_images(f'{own} lacks {number} of the images of {path}', key)
+
+
+def _warn_of_left_out_images(reason: str, evaluator: str) -> None:
+    print_log(
+        f'{reason}, but {evaluator} counts their objects as missed, so the AP will be too low. To '
+        'test on fewer images, make an annotation file of these, and set ann_file of both to it.',
+        logger='current',
+        level=logging.WARNING,
+    )
 
 
 def _images(path: str) -> set[tuple[Any, Any]]:

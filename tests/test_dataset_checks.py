@@ -163,6 +163,28 @@ def test_a_root_without_an_annotation_file_is_looked_for(tmp_path):
     require_datasets(config)
 
 
+def test_images_that_are_not_tested_but_count_as_missed_are_warned_of(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(
+        'mmdet_odconv.dataset_checks.print_log', lambda message, **_: warnings.append(message)
+    )
+    config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
+    config.test_dataloader = config.pop('train_dataloader')
+    own, other = (str(tmp_path / name) for name in ('train.json', 'other.json'))
+    config.test_evaluator = dict(type='CocoMetric', ann_file=own)
+    require_datasets(config)
+    assert not warnings
+    config.test_dataloader.dataset.indices = 1
+    require_datasets(config)
+    assert 'test_dataloader.dataset.indices leaves images' in warnings.pop()
+    del config.test_dataloader.dataset.indices
+    more = [*coco_content()['images'], dict(id=2, file_name='2.jpg')]
+    (tmp_path / 'other.json').write_text(json.dumps(coco_content() | dict(images=more)))
+    config.test_evaluator.ann_file = other
+    require_datasets(config)
+    assert f'{own} lacks 1 of the images of {other}' in warnings.pop()
+
+
 def test_an_evaluator_has_to_know_the_images(tmp_path):
     config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
     config.val_dataloader = config.pop('train_dataloader')
