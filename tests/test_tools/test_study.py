@@ -39,7 +39,7 @@ def log(arm, seed, ap, loss):
         'seed': seed,
         'parameters': 1_500_000,
         'multiply_adds': 20_000_000,
-        'seconds_per_step': 0.25,
+        'step_time': 1.25,
         'training': [{'iteration': 100, 'loss': loss, 'seconds': 0.25}],
         'evaluations': [{'epoch': 1, 'mAP': 0.1, **metrics}, {'epoch': 2, 'mAP': ap, **metrics}],
     }
@@ -197,28 +197,47 @@ def test_a_checkpoint_counts_once_it_has_been_evaluated(tool, tmp_path):
     assert last_checkpoint(tmp_path, evaluated=False) == tmp_path / 'epoch_10.pth'
 
 
-@pytest.mark.slow
-def test_a_run_killed_between_checkpoint_and_evaluation_has_a_whole_log(tmp_path):
+@pytest.fixture
+def images(tmp_path):
+    """The environment that names a few small images of the task."""
     tool = [sys.executable, ROOT / 'tools/make_shapes_dataset.py', tmp_path / 'data', '--hard']
     subprocess.run([*tool, '--train', '8', '--val', '4', '--size', '64', '64'], check=True)
+    return {**os.environ, 'SHAPES_HARD_ROOT': str(tmp_path / 'data')}
+
+
+@pytest.mark.slow
+def test_costs_are_measured_again_for_all_rates_of_an_arm(tmp_path, images):
+    logs = [tmp_path / f'{arm}-0.json' for arm in ('od_k1', 'od_k1_rate2')]
+    for path in logs:
+        path.write_text(json.dumps({'step_time': 0, 'evaluations': []}))
+    command = [sys.executable, ROOT / 'tools/study/run.py', 'od_k1', 'od_k1_rate2', '--recount']
+    command += ['--logs', tmp_path, '--options', json.dumps(OPTIONS)]
+    subprocess.run(command, env=images, check=True)
+    first, second = (json.loads(path.read_text()) for path in logs)
+    assert first == second
+    assert first['step_time'] > 0.5  # of the plain network's
+    assert first['evaluations'] == []
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_checkpoint_and_evaluation_has_a_whole_log(tmp_path, images):
     command = [sys.executable, ROOT / 'tools/study/run.py', 'plain', '--seeds', '0']
     command += ['--work-dirs', tmp_path / 'work', '--logs', tmp_path / 'logs']
     command += ['--options', json.dumps(OPTIONS)]
-    env = {**os.environ, 'SHAPES_HARD_ROOT': str(tmp_path / 'data')}
     log, second = tmp_path / 'logs/plain-0.json', tmp_path / 'work/plain-0/epoch_2.pth'
 
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=images, stdout=subprocess.DEVNULL) as process:
         while not second.exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert second.exists()
     assert not log.exists()
 
-    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=images, check=True, stdout=subprocess.DEVNULL)
     found = json.loads(log.read_text())
     assert [entry['epoch'] for entry in found['evaluations']] == [1, 2, 3]
     assert [entry['iteration'] for entry in found['training']] == [1, 2, 3, 4, 5, 6]
-    assert found['seconds_per_step'] > 0
+    assert found['step_time'] == 1
     before = log.stat().st_mtime_ns
-    subprocess.run(command, env=env, check=True)
+    subprocess.run(command, env=images, check=True)
     assert log.stat().st_mtime_ns == before

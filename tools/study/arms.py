@@ -50,7 +50,7 @@ def frozen_banks(options: Options) -> Options:
     }
 
 
-def bank_rate(options: Options, factor: float) -> Options:
+def bank_rate(options: Options, factor: float | str) -> Options:
     """With another rate for the banks than the task gives them."""
     return {**options, 'optim_wrapper.paramwise_cfg.bank_lr_mult': factor}
 
@@ -114,7 +114,8 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4_running': dynamic(4, norm_cfg=RUNNING),
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
-    'condconv_k4': dynamic(4, type='CondConv2d'),
+    # The kernels of its bank are smaller than the static one.
+    'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
 }
 
 # A harder task for the same backbone: with a light neck and head, and from stride 8 on, as most
@@ -139,6 +140,7 @@ DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
 FINE_TUNE_BATCH2_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.003)
+FINE_TUNE_DEEPPCB_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.002)
 
 
 def mobile(kind: str, **odconv: Any) -> Options:

@@ -27,6 +27,7 @@ from arms import (
     DEEPPCB_ARMS,
     FINE_TUNE_ARMS,
     FINE_TUNE_BATCH2_ARMS,
+    FINE_TUNE_DEEPPCB_ARMS,
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
     MOBILE_ARMS,
@@ -53,6 +54,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'mobile': (STUDY / 'shapes.py', MOBILE_ARMS),
     'fine_tune': (STUDY / 'fine_tune.py', FINE_TUNE_ARMS),
     'fine_tune_batch2': (STUDY / 'fine_tune_batch2.py', FINE_TUNE_BATCH2_ARMS),
+    'fine_tune_deeppcb': (STUDY / 'fine_tune_deeppcb.py', FINE_TUNE_DEEPPCB_ARMS),
     'batch2': (STUDY / 'batch2.py', BATCH2_ARMS),
     'deeppcb': (STUDY / 'deeppcb.py', DEEPPCB_ARMS),
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
@@ -160,26 +162,33 @@ def count(config: Config) -> dict[str, int]:
     }
 
 
-def step_seconds(config: Config, steps: int = 20) -> float:
-    """Median processor time of a training step.
+def step_time(config: Config, other: Config, steps: int = 20) -> float:
+    """Processor time of a training step, relative to that of another config.
 
-    Its time on the clock depends on what else runs on the machine, and is in the logs' 'training'.
+    The steps of the two alternate, so that whatever else runs on the machine slows both alike.
     """
-    model = MODELS.build(config.model).train()
-    optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    configs = (config, other)
+    models = [MODELS.build(each.model).train() for each in configs]
+    wrappers = [
+        build_optim_wrapper(model, each.optim_wrapper)
+        for model, each in zip(models, configs, strict=True)
+    ]
     batch = next(iter(Runner.build_dataloader(config.train_dataloader, seed=0)))
-    seconds = []
+    seconds: list[list[float]] = [[], []]
     for _ in range(steps):
-        start = time.process_time()
-        model.train_step(batch, optim_wrapper)
-        seconds.append(time.process_time() - start)
-    return round(statistics.median(seconds), 4)
+        for model, wrapper, times in zip(models, wrappers, seconds, strict=True):
+            start = time.process_time()
+            model.train_step(batch, wrapper)
+            times.append(time.process_time() - start)
+    ours, theirs = map(statistics.median, seconds)
+    return round(ours / theirs, 3)
 
 
-def costs(config: Config) -> dict[str, float]:
-    """Parameters, multiply-adds and the time of a step."""
+def costs(config: Config, plain: Config) -> dict[str, float]:
+    """Parameters, multiply-adds, and the time of a step relative to the plain network's."""
     torch.set_num_threads(1)
-    return {**count(config), 'seconds_per_step': step_seconds(config)}
+    is_plain = config.model == plain.model
+    return {**count(config), 'step_time': 1.0 if is_plain else step_time(config, plain)}
 
 
 def log_of(arm: str, seed: int, logs: Path) -> Path:
@@ -194,15 +203,16 @@ def run(
     config = arm_config(arm, seed, options, task)
     work_dir = work_dirs / f'{arm}-{seed}'
     train(config, work_dir)
-    log = {'arm': arm, 'seed': seed, **costs(config), **scalars(work_dir)}
+    plain = arm_config('plain', seed, options, task)
+    log = {'arm': arm, 'seed': seed, **costs(config, plain), **scalars(work_dir)}
     logs.mkdir(parents=True, exist_ok=True)
     write(log, log_of(arm, seed, logs))
 
 
 def recount(arm: str, paths: list[Path], options: dict[str, Any], task: str) -> None:
-    """Measure what an arm costs again, and put it into its logs."""
+    """Measure what an arm costs again, and put it into its logs, those at other rates too."""
     register_all_modules()
-    new = costs(arm_config(arm, 0, options, task))
+    new = costs(*(arm_config(name, 0, options, task) for name in (arm, 'plain')))
     for path in paths:
         write(json.loads(path.read_text(encoding='utf-8')) | new, path)
 
@@ -226,7 +236,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--recount',
         action='store_true',
-        help='train nothing, but measure again what the arms with logs cost; best in quiet',
+        help='train nothing, but measure again what the arms with logs cost',
     )
     parser.add_argument(
         '--options', type=json.loads, default={}, help='changes of the base config, as JSON'
@@ -244,10 +254,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     arms = args.arms or list(TASKS[args.task][1])
     if args.recount:
+        paths: dict[str, list[Path]] = {}
         for arm in arms:
-            paths = [log_of(arm, seed, args.logs) for seed in args.seeds]
-            if paths := [path for path in paths if path.exists()]:
-                recount(arm, paths, args.options, args.task)
+            logs = [log_of(arm, seed, args.logs) for seed in args.seeds]
+            paths.setdefault(split_rate(arm)[0], []).extend(filter(Path.exists, logs))
+        for arm, logs in paths.items():
+            if logs:
+                recount(arm, logs, args.options, args.task)
         return
     missing = [
         (arm, seed)
