@@ -55,6 +55,10 @@ def test_table_and_figures(tool, tmp_path, capsys):
     small = logs / 'small_batch'
     small.mkdir()
     (small / 'a-0.json').write_text(json.dumps(log('a', 0, 0.2, 0.9)))
+    tuned = logs / 'fine_tune'
+    tuned.mkdir()
+    for entry in (log('a', 0, 0.2, 0.9), log('a_rate2', 0, 0.3, 0.9)):
+        (tuned / f'{entry["arm"]}-0.json').write_text(json.dumps(entry))
     narrow, other = table.START.format('narrow'), table.START.format('small_batch')
     page = tmp_path / 'page.md'
     page.write_text(f'one\n{narrow}\nold\n{table.END}\ntwo\n{other}\n{table.END}\nthree\n')
@@ -71,8 +75,8 @@ def test_table_and_figures(tool, tmp_path, capsys):
     assert rows[3][:3] == ['| a', '2', '44.0 ± 2.8']
     assert rows[3][7] == '0.600 ± 0.141'
     assert rows[3][-2:] == ['1.50 M', '20 M |']
-    assert (tmp_path / 'curves.png').stat().st_size > 10_000
-    assert (tmp_path / 'costs.png').stat().st_size > 10_000
+    for figure in ('curves.png', 'costs.png', 'rates.png'):
+        assert (tmp_path / figure).stat().st_size > 10_000
 
 
 def test_arms_are_compared_seed_by_seed(tool):

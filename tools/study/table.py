@@ -22,8 +22,8 @@ from pycocotools.coco import COCO
 FOLDER = Path(__file__).resolve().parents[2] / 'docs/study'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
 TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
-# The task that the figures show.
-MAIN_TASK = 'narrow'
+# The tasks that the figures show.
+MAIN_TASK, FINE_TUNING = 'narrow', 'fine_tune'
 # The tables of a task stand between these two lines of the page.
 START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
 Log = dict[str, Any]
@@ -95,11 +95,7 @@ def best_rates(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
 
     Arms with a single rate are left out; if all have, the table is empty.
     """
-    rates: dict[str, dict[float, list[Log]]] = {}
-    for name, logs in arms.items():
-        arm, _, rate = name.partition('_rate')
-        rates.setdefault(arm, {})[float(rate or 1)] = logs
-    rates = {arm: tried for arm, tried in rates.items() if len(tried) > 1}
+    rates = by_rate(arms)
     mean = {
         arm: {rate: statistics.mean(final(logs, 'mAP')) for rate, logs in tried.items()}
         for arm, tried in rates.items()
@@ -110,11 +106,20 @@ def best_rates(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
     head += ['AP small over `plain`', f'`{ours}` over it, AP']
     rows = [head, ['---'] * len(head)]
     for arm in sorted(rates, key=lambda arm: mean[arm][best[arm]]):
-        tried = ', '.join(f'{rate:g}: {mean[arm][rate]:.1f}' for rate in sorted(rates[arm]))
+        tried = ', '.join(f'{rate:g}: {ap:.1f}' for rate, ap in mean[arm].items())
         logs = at_best[arm]
         row = [arm, tried, f'{best[arm]:g}', str(len(logs)), spread(final(logs, 'mAP'))]
         rows.append([*row, *_gains(at_best, arm, ours)])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows) if rates else ''
+
+
+def by_rate(arms: dict[str, list[Log]]) -> dict[str, dict[float, list[Log]]]:
+    """The arms that have several learning rates, with the logs of each, lowest rate first."""
+    rates: dict[str, dict[float, list[Log]]] = {}
+    for name, logs in arms.items():
+        arm, _, rate = name.partition('_rate')
+        rates.setdefault(arm, {})[float(rate or 1)] = logs
+    return {arm: dict(sorted(tried.items())) for arm, tried in rates.items() if len(tried) > 1}
 
 
 def at_own_rate(arms: dict[str, list[Log]]) -> dict[str, list[Log]]:
@@ -207,6 +212,25 @@ def costs(arms: dict[str, list[Log]], path: Path) -> None:
     plt.close(figure)
 
 
+def rates(arms: dict[str, list[Log]], path: Path) -> None:
+    """Final AP of each run against the learning rate, for the arms that have several rates."""
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout='constrained')
+    for place, (arm, tried) in enumerate(by_rate(arms).items()):
+        means = [statistics.mean(final(logs, 'mAP')) for logs in tried.values()]
+        axes.plot(list(tried), means, color=f'C{place}', label=arm)
+        for rate, logs in tried.items():
+            values = final(logs, 'mAP')
+            axes.plot([rate] * len(values), values, 'o', color=f'C{place}', alpha=0.6)
+    axes.set(xscale='log', xlabel="learning rate, relative to the task's", ylabel='AP of each run')
+    axes.set_xticks(sorted({rate for tried in by_rate(arms).values() for rate in tried}))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def task(data: Path, path: Path, number: int = 10) -> None:
     """The first validation images with their boxes and classes."""
     coco = COCO(data / 'annotations/instances_val.json')
@@ -248,6 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = at_own_rate(tasks[MAIN_TASK])
     curves(shown, args.out / 'curves.png')
     costs(shown, args.out / 'costs.png')
+    if FINE_TUNING in tasks:
+        rates(tasks[FINE_TUNING], args.out / 'rates.png')
     if args.data:
         task(args.data, args.out / 'task.jpg')
 
