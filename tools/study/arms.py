@@ -116,6 +116,7 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
     # The kernels of its bank are smaller than the static one.
     'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
+    'dyconv_k4': bank_rate(dynamic(4, type='DyConv2d'), 'compensated'),
 }
 
 # A harder task for the same backbone: with a light neck and head, and from stride 8 on, as most
