@@ -4,9 +4,16 @@ Every arm can be trained at another learning rate: ``plain_rate4`` is ``plain`` 
 rate of the task.
 """
 
+import re
 from typing import Any
 
 Options = dict[str, Any]
+
+
+def split_rate(arm: str) -> tuple[str, float]:
+    """The arm without its learning rate, and the rate relative to the task's."""
+    found = re.fullmatch(r'(.+?)_rate(\d+(?:\.\d+)?)', arm)
+    return (found[1], float(found[2])) if found else (arm, 1.0)
 
 
 def dynamic(kernel_num: int, **odconv_cfg: Any) -> Options:

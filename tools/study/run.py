@@ -10,7 +10,6 @@ Example: python tools/study/run.py plain od_k4 --seeds 0 1 2
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from arms import (
     PRETRAINED_ARMS,
     SMALL_BATCH_ARMS,
     Options,
+    split_rate,
 )
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -84,12 +84,6 @@ def arm_config(
     config.merge_from_dict({**arms[name], 'randomness': dict(seed=seed), **(options or {})})
     config.optim_wrapper.optimizer.lr *= factor
     return config
-
-
-def split_rate(arm: str) -> tuple[str, float]:
-    """The arm without its learning rate, and the rate relative to the task's."""
-    found = re.fullmatch(r'(.+?)_rate(\d+(?:\.\d+)?)', arm)
-    return (found[1], float(found[2])) if found else (arm, 1.0)
 
 
 def train(config: Config, work_dir: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use('Agg')
+from arms import split_rate
 from matplotlib import pyplot as plt
 from pycocotools.coco import COCO
 
@@ -117,14 +118,14 @@ def by_rate(arms: dict[str, list[Log]]) -> dict[str, dict[float, list[Log]]]:
     """The arms that have several learning rates, with the logs of each, lowest rate first."""
     rates: dict[str, dict[float, list[Log]]] = {}
     for name, logs in arms.items():
-        arm, _, rate = name.partition('_rate')
-        rates.setdefault(arm, {})[float(rate or 1)] = logs
+        arm, rate = split_rate(name)
+        rates.setdefault(arm, {})[rate] = logs
     return {arm: dict(sorted(tried.items())) for arm, tried in rates.items() if len(tried) > 1}
 
 
 def at_own_rate(arms: dict[str, list[Log]]) -> dict[str, list[Log]]:
     """The arms at the task's own learning rate."""
-    return {name: logs for name, logs in arms.items() if '_rate' not in name}
+    return {name: logs for name, logs in arms.items() if split_rate(name)[0] == name}
 
 
 def comparisons(arms: dict[str, list[Log]]) -> str:
@@ -212,17 +213,18 @@ def costs(arms: dict[str, list[Log]], path: Path) -> None:
     plt.close(figure)
 
 
-def rates(arms: dict[str, list[Log]], path: Path) -> None:
+def rate_curves(arms: dict[str, list[Log]], path: Path) -> None:
     """Final AP of each run against the learning rate, for the arms that have several rates."""
     figure, axes = plt.subplots(figsize=(6.5, 4), layout='constrained')
-    for place, (arm, tried) in enumerate(by_rate(arms).items()):
+    shown = by_rate(arms)
+    for place, (arm, tried) in enumerate(shown.items()):
         means = [statistics.mean(final(logs, 'mAP')) for logs in tried.values()]
         axes.plot(list(tried), means, color=f'C{place}', label=arm)
         for rate, logs in tried.items():
             values = final(logs, 'mAP')
             axes.plot([rate] * len(values), values, 'o', color=f'C{place}', alpha=0.6)
     axes.set(xscale='log', xlabel="learning rate, relative to the task's", ylabel='AP of each run')
-    axes.set_xticks(sorted({rate for tried in by_rate(arms).values() for rate in tried}))
+    axes.set_xticks(sorted({rate for tried in shown.values() for rate in tried}))
     axes.xaxis.set_major_formatter('{x:g}')
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -273,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     curves(shown, args.out / 'curves.png')
     costs(shown, args.out / 'costs.png')
     if FINE_TUNING in tasks:
-        rates(tasks[FINE_TUNING], args.out / 'rates.png')
+        rate_curves(tasks[FINE_TUNING], args.out / 'rates.png')
     if args.data:
         task(args.data, args.out / 'task.jpg')
 
