@@ -153,7 +153,8 @@ def test_static_weights_start_a_backbone_by_init_cfg(tmp_path):
 def test_a_classifier_of_configs_pretrain_starts_a_detector(tmp_path):
     """With the options that the page of those configs names."""
     page = (ROOT / 'configs/pretrain/README.md').read_text()
-    options = dict(re.findall(r'model\.backbone\.(\S+?)=(\S+)', page))
+    commands = ''.join(re.findall(r'```shell\n(.*?)```', page, re.DOTALL))
+    options = dict(re.findall(r'model\.backbone\.(\S+?)=(\S+)', commands))
     assert set(options) == {
         'init_cfg.checkpoint', 'init_cfg.prefix', 'frozen_stages', 'odconv_cfg.norm_cfg.type'
     }  # fmt: skip
