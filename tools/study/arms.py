@@ -62,11 +62,10 @@ def bank_rate(options: Options, factor: float | str) -> Options:
     return {**options, 'optim_wrapper.paramwise_cfg.bank_lr_mult': factor}
 
 
-# The paper's initialisation, and its temperature from 30 to 1 in the first tenth of the schedule.
-PAPER: Options = {
-    **dynamic(4, attention_init='published'),
-    'custom_hooks': [dict(type='ODConvTemperatureHook', initial=30.0, anneal_iters=300)],
-}
+def annealed(options: Options, iters: int) -> Options:
+    """With the paper's temperature, from 30 to 1 in so many iterations: a tenth of the schedule."""
+    hook = dict(type='ODConvTemperatureHook', initial=30.0, anneal_iters=iters)
+    return {**options, 'custom_hooks': [hook]}
 
 
 def attention_rate(options: Options, factor: float) -> Options:
@@ -94,7 +93,7 @@ ARMS: dict[str, Options] = {
     'od_k4': dynamic(4),
     'od_k4_ln': dynamic(4, norm_cfg=LN),
     'od_k4_running': dynamic(4, norm_cfg=RUNNING),
-    'od_k4_paper': PAPER,
+    'od_k4_paper': annealed(dynamic(4, attention_init='published'), 300),
     'od_k4_attention5': attention_rate(dynamic(4), 5.0),
     'condconv_k4': dynamic(4, type='CondConv2d'),
     'condconv_k8': dynamic(8, type='CondConv2d'),
@@ -147,7 +146,14 @@ BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
 DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
+FINE_TUNE_ARMS |= {
+    'od_k4_running_annealed': annealed(FINE_TUNE_ARMS['od_k4_running'], 150),
+    # With a first stage that is frozen: plain in ODConv's kind too, unlike od_k4_ln_frozen_banks.
+    'plain_frozen': {**FINE_TUNE_ARMS['plain'], 'model.backbone.frozen_stages': 1},
+    'od_k4_ln_frozen': {**FINE_TUNE_ARMS['od_k4_ln'], 'model.backbone.frozen_stages': 1},
+}
 FINE_TUNE_BATCH2_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.003)
+FINE_TUNE_BATCH8_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.006)
 FINE_TUNE_DEEPPCB_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.002)
 
 
