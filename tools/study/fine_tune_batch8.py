@@ -1,4 +1,4 @@
-"""Fine-tuning with eight images a batch: the same images as with two."""
+"""Fine-tuning with eight images a batch, for one epoch."""
 
 _base_ = './fine_tune_batch2.py'
 
