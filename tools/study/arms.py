@@ -148,6 +148,13 @@ NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
 FINE_TUNE_ARMS |= {
     'od_k4_running_annealed': annealed(FINE_TUNE_ARMS['od_k4_running'], 150),
+    # From a static detector with nine channels in place of eight, which was trained as long.
+    'plain_wide_madds': {
+        **LIGHT,
+        **wide(9),
+        'optim_wrapper.optimizer.lr': 0.001,
+        'load_from': 'work_dirs/study/narrow/plain_wide_madds-1/epoch_4.pth',
+    },
     # With a first stage that is frozen: plain in ODConv's kind too, unlike od_k4_ln_frozen_banks.
     'plain_frozen': {**FINE_TUNE_ARMS['plain'], 'model.backbone.frozen_stages': 1},
     'od_k4_ln_frozen': {**FINE_TUNE_ARMS['od_k4_ln'], 'model.backbone.frozen_stages': 1},
