@@ -145,6 +145,7 @@ NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**
 BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
 DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
+START = 'work_dirs/study/narrow/{}/epoch_4.pth'
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
 FINE_TUNE_ARMS |= {
     'od_k4_running_annealed': annealed(FINE_TUNE_ARMS['od_k4_running'], 150),
@@ -153,7 +154,13 @@ FINE_TUNE_ARMS |= {
         **LIGHT,
         **wide(9),
         'optim_wrapper.optimizer.lr': 0.001,
-        'load_from': 'work_dirs/study/narrow/plain_wide_madds-1/epoch_4.pth',
+        'load_from': START.format('plain_wide_madds-1'),
+    },
+    # From another plain detector, that of seed 2.
+    'plain_start2': {**FINE_TUNE_ARMS['plain'], 'load_from': START.format('plain-2')},
+    'od_k4_running_start2': {
+        **FINE_TUNE_ARMS['od_k4_running'],
+        'load_from': START.format('plain-2'),
     },
     # With a first stage that is frozen: plain in ODConv's kind too, unlike od_k4_ln_frozen_banks.
     'plain_frozen': {**FINE_TUNE_ARMS['plain'], 'model.backbone.frozen_stages': 1},
