@@ -99,12 +99,16 @@ def test_arms_are_compared_at_their_best_rates(tool):
         'od_k4_rate4': [log('od_k4_rate4', 0, 0.45, 0.4)],
         'od_k1': [log('od_k1', 0, 0.45, 0.4)],
     }
-    own, best = tool('table').comparisons(arms).split('\n\n')
+    own, title, at_four, best = tool('table').comparisons(arms).split('\n\n')
     assert [line.split(' | ')[0] for line in own.splitlines()[2:]] == [
         '| plain',
         '| od_k1',
         '| od_k4',
     ]
+    assert title.startswith('At 4 times the learning rate')
+    # ODConv loses 5 points at this rate.
+    rows = [line.split(' | ') for line in at_four.splitlines()[2:]]
+    assert rows == [['| od_k4', '-5.0', '0.0', ' |'], ['| plain', '', '', '-5.0 |']]
     rows = [line.split(' | ') for line in best.splitlines()[2:]]
     # 6 points with one seed, 4 with the other.
     assert rows == [

@@ -123,17 +123,31 @@ def by_rate(arms: dict[str, list[Log]]) -> dict[str, dict[float, list[Log]]]:
     return {arm: dict(sorted(tried.items())) for arm, tried in rates.items() if len(tried) > 1}
 
 
-def at_own_rate(arms: dict[str, list[Log]]) -> dict[str, list[Log]]:
-    """The arms at the task's own learning rate."""
-    return {name: logs for name, logs in arms.items() if split_rate(name)[0] == name}
+def at_rate(arms: dict[str, list[Log]], rate: float) -> dict[str, list[Log]]:
+    """The arms at this learning rate, relative to the task's, without the rate in their names."""
+    split = ((split_rate(name), logs) for name, logs in arms.items())
+    return {arm: logs for (arm, factor), logs in split if factor == rate}
 
 
 def comparisons(arms: dict[str, list[Log]]) -> str:
-    """The arms at the task's own learning rate, and those of several rates at their best."""
-    own_rate = at_own_rate(arms)
-    ours = 'od_k4' if 'od_k4' in own_rate else 'od_k4_ln'
-    tables = (differences(own_rate, ours), best_rates(arms, ours))
+    """What separates the arms: at the task's own learning rate, at the one that is the best for
+    plain convolutions, and each at its own best rate.
+    """
+    plain = {rate: final(logs, 'mAP') for rate, logs in by_rate(arms).get('plain', {}).items()}
+    best = max(plain, key=lambda rate: statistics.mean(plain[rate]), default=1.0)
+    own_rate, at_best = at_rate(arms, 1.0), at_rate(arms, best)
+    tables = [differences(own_rate, our_arm(own_rate))]
+    if best != 1:
+        title = f'At {best:g} times the learning rate, which is the best one for `plain`:\n\n'
+        tables.append(title + differences(at_best, our_arm(at_best)))
+    tables.append(best_rates(arms, our_arm(at_best)))
     return '\n'.join(table for table in tables if table)
+
+
+def our_arm(arms: dict[str, list[Log]]) -> str:
+    """The ODConv of four kernels that other arms are compared with: that with the most seeds."""
+    names = [arm for arm in ('od_k4', 'od_k4_ln', 'od_k4_running') if arm in arms]
+    return max(names, key=lambda arm: len(arms[arm]), default='od_k4')
 
 
 def _gains(arms: dict[str, list[Log]], arm: str, ours: str) -> list[str]:
@@ -271,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(name, tables, sep='\n\n')
     if page:
         args.page.write_text(page, encoding='utf-8')
-    shown = at_own_rate(tasks[MAIN_TASK])
+    shown = at_rate(tasks[MAIN_TASK], 1.0)
     curves(shown, args.out / 'curves.png')
     costs(shown, args.out / 'costs.png')
     if FINE_TUNING in tasks:
