@@ -188,6 +188,9 @@ def test_the_layers_that_pay_come_first(tiny, run, tmp_path, capsys):
     assert dynamic['drop'] == pytest.approx(results['dynamic'] - results['static'])
     drops = [entry['drop'] for entry in results['layers']]
     assert drops == sorted(drops, reverse=True)
+    drops = {entry['name']: entry['drop'] for entry in results['attentions']}
+    assert drops.keys() == {'kernel', 'channel', 'filter', 'spatial'}
+    assert list(drops.values()) == sorted(drops.values(), reverse=True)
     printed = capsys.readouterr().out
     first, second = (printed.rindex(entry['name']) for entry in results['layers'])
     assert first < second

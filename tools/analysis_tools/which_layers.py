@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Find out which ODConv layers of a trained detector pay: the AP that each one's dynamics bring.
+"""Find out which ODConv layers and attentions of a detector pay: the AP that their dynamics bring.
 
-A layer is made static by giving all images the average of its attentions over the test images.
-Each layer in turn is made static, and the detector tested again.
+An attention is made static by giving all images its average over the test images. Each layer in
+turn, and each of the attentions in all layers, is made static, and the detector tested again.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from terminaltables import GithubFlavoredMarkdownTable
+from torch import Tensor
 
 from mmdet_odconv import cli
 from mmdet_odconv.analysis import AttentionMeter, static_attentions, unwrapped
@@ -48,7 +49,7 @@ def metric_of(metrics: dict[str, float], name: str | None) -> str:
 
 
 def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
-    """Test with all layers dynamic, with all static, and with each static.
+    """Test with all layers dynamic, with all static, and with each layer and attention static.
 
     Args:
         runner (Runner): A runner that can test.
@@ -67,27 +68,38 @@ def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
     if not means:
         raise SystemExit(f'{runner.cfg.filename}: the detector uses none of its ODConv layers')
 
-    def test_with(static: list[str]) -> float:
-        with static_attentions(runner.model, {layer: means[layer] for layer in static}):
+    def test_with(static: dict[str, dict[str, Tensor]]) -> float:
+        with static_attentions(runner.model, static):
             return float(runner.test_loop.run()[metric])
 
     dynamic = float(metrics[metric])
-    static = test_with(list(means))
+    static = test_with(means)
+    attentions = []
+    for attention in dict.fromkeys(name for layer in means.values() for name in layer):
+        without = test_with(
+            {name: {attention: m[attention]} for name, m in means.items() if attention in m}
+        )
+        attentions.append(dict(name=attention, without=without, drop=dynamic - without))
+        runner.logger.info(f'{metric} is {without:.3f} with the {attention} attentions static')
     layers = []
     for layer, record in zip(means, meter.statistics(), strict=True):
-        without = test_with([layer])
+        without = test_with({layer: means[layer]})
         entry = dict(name=layer, std=record.std, without=without, drop=dynamic - without)
         if keep_one:
-            entry['alone'] = test_with([other for other in means if other != layer])
+            entry['alone'] = test_with({name: m for name, m in means.items() if name != layer})
             entry['gain'] = entry['alone'] - static
         layers.append(entry)
         runner.logger.info(f'{metric} is {without:.3f} with {layer} static')
-    layers.sort(key=lambda entry: entry['drop'], reverse=True)
-    return dict(metric=metric, dynamic=dynamic, static=static, layers=layers)
+    for entries in (attentions, layers):
+        entries.sort(key=lambda entry: entry['drop'], reverse=True)
+    return dict(metric=metric, dynamic=dynamic, static=static, attentions=attentions, layers=layers)
 
 
 def table(results: dict) -> str:
-    """The results in Markdown, the layer that pays most first."""
+    """The results in Markdown, what pays most first."""
+    attentions = [['attention', 'without it', 'drop']]
+    for entry in results['attentions']:
+        attentions.append([entry['name'], f'{entry["without"]:.3f}', f'{entry["drop"]:.3f}'])
     keep_one = 'alone' in results['layers'][0]
     rows = [['layer', 'largest std', 'without it', 'drop'] + ['it alone', 'gain'] * keep_one]
     for entry in results['layers']:
@@ -97,6 +109,7 @@ def table(results: dict) -> str:
     return (
         f'{results["metric"]}: {results["dynamic"]:.3f} with all layers dynamic, '
         f'{results["static"]:.3f} with all layers static\n\n'
+        f'{GithubFlavoredMarkdownTable(attentions).table}\n\n'
         f'{GithubFlavoredMarkdownTable(rows).table}'
     )
 
