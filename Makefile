@@ -92,7 +92,7 @@ road:
 pretrain-and-detect: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pretrain.txt
 	$(BIN)/python tools/make_shapes_dataset.py data/shapes_classification --classification \
-	    --train 28000 --val 1000 --size 64 64 --seed 1
+	    --train 22000 --val 1000 --size 64 64 --seed 1
 	$(BIN)/python tools/train.py configs/pretrain/od_r18_shapes.py --work-dir $(ROAD_DIR)/classifier
 	$(BIN)/python tools/make_shapes_dataset.py data/shapes_hard_small --hard --train 8000 --val 500 \
 	    --size 128 128
