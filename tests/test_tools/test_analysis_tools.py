@@ -191,6 +191,8 @@ def test_the_layers_that_pay_come_first(tiny, run, tmp_path, capsys):
     drops = {entry['name']: entry['drop'] for entry in results['attentions']}
     assert drops.keys() == {'kernel', 'channel', 'filter', 'spatial'}
     assert list(drops.values()) == sorted(drops.values(), reverse=True)
+    gains = {entry['name']: entry['gain'] for entry in results['attentions']}
+    assert any(abs(gain) > 1e-4 for gain in gains.values())
     printed = capsys.readouterr().out
     first, second = (printed.rindex(entry['name']) for entry in results['layers'])
     assert first < second

@@ -7,7 +7,9 @@ turn, and each of the attentions in all layers, is made static, and the detector
 
 import argparse
 import json
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
@@ -17,6 +19,8 @@ from torch import Tensor
 from mmdet_odconv import cli
 from mmdet_odconv.analysis import AttentionMeter, static_attentions, unwrapped
 from mmdet_odconv.dataset_checks import require_datasets
+
+Static = dict[str, dict[str, Tensor]]  # means of attentions by layer and by attention
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--keep-one',
         action='store_true',
-        help='also test with each layer dynamic alone, all others static: twice the time',
+        help='also test with each one dynamic alone, all others static: twice the time',
     )
     cli.add_force(parser)
     cli.add_runner_arguments(parser)
@@ -54,7 +58,7 @@ def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
     Args:
         runner (Runner): A runner that can test.
         name (str, optional): The metric to compare; None for :func:`metric_of`'s choice.
-        keep_one (bool): Whether to test with each layer dynamic alone, too.
+        keep_one (bool): Whether to test with each of them dynamic alone, too.
 
     Returns:
         dict: What the JSON file holds.
@@ -68,43 +72,50 @@ def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
     if not means:
         raise SystemExit(f'{runner.cfg.filename}: the detector uses none of its ODConv layers')
 
-    def test_with(static: dict[str, dict[str, Tensor]]) -> float:
+    def test_with(static: Static) -> float:
         with static_attentions(runner.model, static):
             return float(runner.test_loop.run()[metric])
 
+    def entry(name: str, part: Static) -> dict[str, Any]:
+        without = test_with(part)
+        runner.logger.info(f'{metric} is {without:.3f} with {name} static')
+        result = dict(name=name, without=without, drop=dynamic - without)
+        if keep_one:
+            alone = test_with(
+                {
+                    layer: {n: mean for n, mean in of_layer.items() if n not in part.get(layer, ())}
+                    for layer, of_layer in means.items()
+                }
+            )
+            result |= dict(alone=alone, gain=alone - static)
+        return result
+
     dynamic = float(metrics[metric])
     static = test_with(means)
-    attentions = []
-    for attention in dict.fromkeys(name for layer in means.values() for name in layer):
-        without = test_with(
-            {name: {attention: m[attention]} for name, m in means.items() if attention in m}
-        )
-        attentions.append(dict(name=attention, without=without, drop=dynamic - without))
-        runner.logger.info(f'{metric} is {without:.3f} with the {attention} attentions static')
-    layers = []
-    for layer, record in zip(means, meter.statistics(), strict=True):
-        without = test_with({layer: means[layer]})
-        entry = dict(name=layer, std=record.std, without=without, drop=dynamic - without)
-        if keep_one:
-            entry['alone'] = test_with({name: m for name, m in means.items() if name != layer})
-            entry['gain'] = entry['alone'] - static
-        layers.append(entry)
-        runner.logger.info(f'{metric} is {without:.3f} with {layer} static')
+    attentions = [
+        entry(name, {layer: {name: m[name]} for layer, m in means.items() if name in m})
+        for name in dict.fromkeys(name for of_layer in means.values() for name in of_layer)
+    ]
+    layers = [
+        entry(layer, {layer: means[layer]}) | dict(std=record.std)
+        for layer, record in zip(means, meter.statistics(), strict=True)
+    ]
     for entries in (attentions, layers):
-        entries.sort(key=lambda entry: entry['drop'], reverse=True)
+        entries.sort(key=itemgetter('drop'), reverse=True)
     return dict(metric=metric, dynamic=dynamic, static=static, attentions=attentions, layers=layers)
 
 
 def table(results: dict) -> str:
     """The results in Markdown, what pays most first."""
-    attentions = [['attention', 'without it', 'drop']]
-    for entry in results['attentions']:
-        attentions.append([entry['name'], f'{entry["without"]:.3f}', f'{entry["drop"]:.3f}'])
     keep_one = 'alone' in results['layers'][0]
-    rows = [['layer', 'largest std', 'without it', 'drop'] + ['it alone', 'gain'] * keep_one]
+    keys = ['without', 'drop'] + ['alone', 'gain'] * keep_one
+    titles = ['without it', 'drop'] + ['it alone', 'gain'] * keep_one
+    attentions = [['attention', *titles]]
+    for entry in results['attentions']:
+        attentions.append([entry['name'], *(f'{entry[key]:.3f}' for key in keys)])
+    rows = [['layer', 'largest std', *titles]]
     for entry in results['layers']:
         std = max(entry['std'].values(), default=0)
-        keys = ['without', 'drop'] + ['alone', 'gain'] * keep_one
         rows.append([entry['name'], f'{std:.3f}', *(f'{entry[key]:.3f}' for key in keys)])
     return (
         f'{results["metric"]}: {results["dynamic"]:.3f} with all layers dynamic, '
