@@ -120,7 +120,8 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4_running': dynamic(4, norm_cfg=RUNNING),
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
-    # The kernels of its bank are smaller than the static one.
+    # The kernels of these banks are smaller than the static one, or larger by another factor.
+    'od_kernel_ln': bank_rate(dynamic(4, attentions=('kernel',), norm_cfg=LN), 'compensated'),
     'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
     'dyconv_k4': bank_rate(dynamic(4, type='DyConv2d'), 'compensated'),
 }
