@@ -120,7 +120,7 @@ PRETRAINED_ARMS: dict[str, Options] = {
     'od_k4_running': dynamic(4, norm_cfg=RUNNING),
     'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
     'od_k4_no_norm': dynamic(4, norm_cfg=None),
-    # The kernels of these banks are smaller than the static one, or larger by another factor.
+    # BANK_RATE is that of banks with four attentions. These have a factor of their own.
     'od_kernel_ln': bank_rate(dynamic(4, attentions=('kernel',), norm_cfg=LN), 'compensated'),
     'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
     'dyconv_k4': bank_rate(dynamic(4, type='DyConv2d'), 'compensated'),
@@ -148,25 +148,22 @@ DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
 START = 'work_dirs/study/narrow/{}/epoch_4.pth'
 FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
+# With the paper's temperature; from another plain detector, that of seed 2; and with a first stage
+# that is frozen, and so plain in ODConv's kind too, unlike that of od_k4_ln_frozen_banks.
 FINE_TUNE_ARMS |= {
     'od_k4_running_annealed': annealed(FINE_TUNE_ARMS['od_k4_running'], 150),
-    # From a static detector with nine channels in place of eight, which was trained as long.
-    'plain_wide_madds': {
-        **LIGHT,
-        **wide(9),
-        'optim_wrapper.optimizer.lr': 0.001,
-        'load_from': START.format('plain_wide_madds-1'),
-    },
-    # From another plain detector, that of seed 2.
-    'plain_start2': {**FINE_TUNE_ARMS['plain'], 'load_from': START.format('plain-2')},
-    'od_k4_running_start2': {
-        **FINE_TUNE_ARMS['od_k4_running'],
-        'load_from': START.format('plain-2'),
-    },
-    # With a first stage that is frozen: plain in ODConv's kind too, unlike od_k4_ln_frozen_banks.
-    'plain_frozen': {**FINE_TUNE_ARMS['plain'], 'model.backbone.frozen_stages': 1},
-    'od_k4_ln_frozen': {**FINE_TUNE_ARMS['od_k4_ln'], 'model.backbone.frozen_stages': 1},
+    **on(
+        {'load_from': START.format('plain-2')},
+        {f'{arm}_start2': FINE_TUNE_ARMS[arm] for arm in ('plain', 'od_k4_running')},
+    ),
+    **on(
+        {'model.backbone.frozen_stages': 1},
+        {f'{arm}_frozen': FINE_TUNE_ARMS[arm] for arm in ('plain', 'od_k4_ln')},
+    ),
 }
+# From a static detector with nine channels in place of eight, which was trained as long.
+WIDER = {'plain_wide_madds': NARROW_ARMS['plain_wide_madds']}
+FINE_TUNE_ARMS |= at_rate(on({'load_from': START.format('plain_wide_madds-1')}, WIDER), 0.001)
 FINE_TUNE_BATCH2_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.003)
 FINE_TUNE_BATCH8_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.012)
 FINE_TUNE_DEEPPCB_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.002)

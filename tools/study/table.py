@@ -101,7 +101,7 @@ def best_rates(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
         arm: {rate: statistics.mean(final(logs, 'mAP')) for rate, logs in tried.items()}
         for arm, tried in rates.items()
     }
-    best = {arm: max(means, key=means.__getitem__) for arm, means in mean.items()}
+    best = {arm: best_rate(tried) for arm, tried in rates.items()}
     at_best = {arm: rates[arm][best[arm]] for arm in rates}
     head = ['arm', 'AP at each rate', 'best rate', 'seeds', 'AP', 'AP over `plain`']
     head += ['AP small over `plain`', f'`{ours}` over it, AP']
@@ -133,8 +133,7 @@ def comparisons(arms: dict[str, list[Log]]) -> str:
     """What separates the arms: at the task's own learning rate, at the one that is the best for
     plain convolutions, and each at its own best rate.
     """
-    plain = {rate: final(logs, 'mAP') for rate, logs in by_rate(arms).get('plain', {}).items()}
-    best = max(plain, key=lambda rate: statistics.mean(plain[rate]), default=1.0)
+    best = best_rate(by_rate(arms).get('plain', {}))
     own_rate, at_best = at_rate(arms, 1.0), at_rate(arms, best)
     tables = [differences(own_rate, our_arm(own_rate))]
     if best != 1:
@@ -142,6 +141,11 @@ def comparisons(arms: dict[str, list[Log]]) -> str:
         tables.append(title + differences(at_best, our_arm(at_best)))
     tables.append(best_rates(arms, our_arm(at_best)))
     return '\n'.join(table for table in tables if table)
+
+
+def best_rate(tried: dict[float, list[Log]]) -> float:
+    """The learning rate with the highest mean AP, the task's own if there is none to choose."""
+    return max(tried, key=lambda rate: statistics.mean(final(tried[rate], 'mAP')), default=1.0)
 
 
 def our_arm(arms: dict[str, list[Log]]) -> str:
