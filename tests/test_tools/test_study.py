@@ -52,14 +52,14 @@ def test_table_and_figures(tool, tmp_path, capsys):
     for entry in (log('a', 0, 0.42, 0.5), log('a', 1, 0.46, 0.7), log('b', 0, 0.30, 0.9)):
         (main / f'{entry["arm"]}-{entry["seed"]}.json').write_text(json.dumps(entry))
     table = tool('table')
-    small = logs / 'small_batch'
+    small = logs / 'light'
     small.mkdir()
     (small / 'a-0.json').write_text(json.dumps(log('a', 0, 0.2, 0.9)))
     tuned = logs / 'fine_tune'
     tuned.mkdir()
     for entry in (log('a', 0, 0.2, 0.9), log('a_rate2', 0, 0.3, 0.9)):
         (tuned / f'{entry["arm"]}-0.json').write_text(json.dumps(entry))
-    narrow, other = table.START.format('narrow'), table.START.format('small_batch')
+    narrow, other = table.START.format('narrow'), table.START.format('light')
     page = tmp_path / 'page.md'
     page.write_text(f'one\n{narrow}\nold\n{table.END}\ntwo\n{other}\n{table.END}\nthree\n')
     table.main(['--logs', str(logs), '--out', str(tmp_path), '--page', str(page)])
@@ -119,7 +119,7 @@ def test_arms_are_compared_at_their_best_rates(tool):
 
 def test_an_arm_at_another_rate(tool):
     run = tool('run')
-    slow, fast = (run.arm_config(arm, 0, task='small_batch') for arm in ('plain', 'plain_rate2.5'))
+    slow, fast = (run.arm_config(arm, 0, task='fine_tune') for arm in ('plain', 'plain_rate2.5'))
     assert fast.optim_wrapper.optimizer.lr == 2.5 * slow.optim_wrapper.optimizer.lr
     assert fast.model == slow.model
 
@@ -148,7 +148,9 @@ def test_every_arm_builds_with_the_counts_of_its_convolutions(tool, task):
     assert counts['plain_wide_madds']['multiply_adds'] >= counts['od_k4']['multiply_adds']
 
 
-@pytest.mark.parametrize('task', ['pretrained', 'light_pretrained', 'small_batch', 'fine_tune'])
+@pytest.mark.parametrize(
+    'task', ['pretrained', 'light_pretrained', 'fine_tune', 'fine_tune_deeppcb']
+)
 def test_the_rates_of_arms_from_static_weights(tool, task):
     run = tool('run')
     rates = {}

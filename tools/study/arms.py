@@ -35,7 +35,12 @@ def wide(channels: int) -> Options:
 
 LN = dict(type='LN')
 RUNNING = dict(type='RunningNorm')
-BANK_RATE = 2.0  # what pretrained.py gives the banks, which start from static weights
+# What banks learn at that start from static weights. Plain arms take no notice of it.
+BANK_RATE = 2.0
+STATIC_WEIGHTS: Options = {
+    'optim_wrapper.constructor': 'ODConvOptimWrapperConstructor',
+    'optim_wrapper.paramwise_cfg.bank_lr_mult': BANK_RATE,
+}
 
 
 def frozen_banks(options: Options) -> Options:
@@ -77,6 +82,11 @@ def attention_rate(options: Options, factor: float) -> Options:
     }
 
 
+def start(run: str) -> Options:
+    """From the checkpoint of a run of another task, rather than from STATIC_DETECTOR."""
+    return {'load_from': f'work_dirs/study/{run}/epoch_4.pth'}
+
+
 def on(base: Options, arms: dict[str, Options]) -> dict[str, Options]:
     """The arms on top of further changes."""
     return {arm: {**base, **options} for arm, options in arms.items()}
@@ -110,21 +120,24 @@ ARMS: dict[str, Options] = {
 }
 
 # Of the tasks that start from static weights.
-PRETRAINED_ARMS: dict[str, Options] = {
-    'plain': {},
-    'od_k4_ln': dynamic(4, norm_cfg=LN),
-    'od_k4_ln_spread0.1': bank_rate(dynamic(4, norm_cfg=LN, spread=0.1), 1.0),
-    'od_k4_ln_spread2': bank_rate(dynamic(4, norm_cfg=LN, spread=2.0), 1.0),
-    'od_k4_ln_frozen_banks': frozen_banks(dynamic(4, norm_cfg=LN)),
-    'od_k4': dynamic(4),
-    'od_k4_running': dynamic(4, norm_cfg=RUNNING),
-    'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
-    'od_k4_no_norm': dynamic(4, norm_cfg=None),
-    # BANK_RATE is that of banks with four attentions. These have a factor of their own.
-    'od_kernel_ln': bank_rate(dynamic(4, attentions=('kernel',), norm_cfg=LN), 'compensated'),
-    'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
-    'dyconv_k4': bank_rate(dynamic(4, type='DyConv2d'), 'compensated'),
-}
+PRETRAINED_ARMS = on(
+    STATIC_WEIGHTS,
+    {
+        'plain': {},
+        'od_k4_ln': dynamic(4, norm_cfg=LN),
+        'od_k4_ln_spread0.1': bank_rate(dynamic(4, norm_cfg=LN, spread=0.1), 1.0),
+        'od_k4_ln_spread2': bank_rate(dynamic(4, norm_cfg=LN, spread=2.0), 1.0),
+        'od_k4_ln_frozen_banks': frozen_banks(dynamic(4, norm_cfg=LN)),
+        'od_k4': dynamic(4),
+        'od_k4_running': dynamic(4, norm_cfg=RUNNING),
+        'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
+        'od_k4_no_norm': dynamic(4, norm_cfg=None),
+        # BANK_RATE is that of banks with four attentions. These have a factor of their own.
+        'od_kernel_ln': bank_rate(dynamic(4, attentions=('kernel',), norm_cfg=LN), 'compensated'),
+        'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
+        'dyconv_k4': bank_rate(dynamic(4, type='DyConv2d'), 'compensated'),
+    },
+)
 
 # A harder task for the same backbone: with a light neck and head, and from stride 8 on, as most
 # detectors look. The backbone is then nearly all of the network, and small objects are difficult.
@@ -139,37 +152,50 @@ LIGHT: Options = {
 }
 LIGHT_ARMS = on(LIGHT, ARMS)
 LIGHT_PRETRAINED_ARMS = on(LIGHT, PRETRAINED_ARMS)
-SMALL_BATCH_ARMS = at_rate(LIGHT_PRETRAINED_ARMS, 0.002)
 # The same with half the channels.
 NARROW_ARMS = on(wide(8), LIGHT_ARMS)
 NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**LIGHT, **wide(16)}}
 BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
 DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
-START = 'work_dirs/study/narrow/{}/epoch_4.pth'
-FINE_TUNE_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.001)
-# With the paper's temperature; from another plain detector, that of seed 2; and with a first stage
-# that is frozen, and so plain in ODConv's kind too, unlike that of od_k4_ln_frozen_banks.
-FINE_TUNE_ARMS |= {
-    'od_k4_running_annealed': annealed(FINE_TUNE_ARMS['od_k4_running'], 150),
-    **on(
-        {'load_from': START.format('plain-2')},
-        {f'{arm}_start2': FINE_TUNE_ARMS[arm] for arm in ('plain', 'od_k4_running')},
-    ),
-    **on(
-        {'model.backbone.frozen_stages': 1},
-        {f'{arm}_frozen': FINE_TUNE_ARMS[arm] for arm in ('plain', 'od_k4_ln')},
-    ),
-}
-# From a static detector with nine channels in place of eight, which was trained as long.
-WIDER = {'plain_wide_madds': NARROW_ARMS['plain_wide_madds']}
-FINE_TUNE_ARMS |= at_rate(on({'load_from': START.format('plain_wide_madds-1')}, WIDER), 0.001)
+# With the paper's temperature; from another plain detector, that of seed 2; with a first stage that
+# is frozen, and so plain in ODConv's kind too, unlike that of od_k4_ln_frozen_banks; and from a
+# static detector with nine channels in place of eight, which was trained as long.
+FINE_TUNE_ARMS = at_rate(
+    {
+        **NARROW_PRETRAINED_ARMS,
+        'od_k4_running_annealed': annealed(NARROW_PRETRAINED_ARMS['od_k4_running'], 150),
+        **{
+            f'{arm}_start2': NARROW_PRETRAINED_ARMS[arm] | start('narrow/plain-2')
+            for arm in ('plain', 'od_k4_running')
+        },
+        **{
+            f'{arm}_frozen': NARROW_PRETRAINED_ARMS[arm] | {'model.backbone.frozen_stages': 1}
+            for arm in ('plain', 'od_k4_ln')
+        },
+        'plain_wide_madds': NARROW_ARMS['plain_wide_madds'] | start('narrow/plain_wide_madds-1'),
+    },
+    0.001,
+)
+# The same for the networks with twice the channels.
+FINE_TUNE_LIGHT_ARMS = at_rate(
+    {
+        **on(start('light/plain-1'), LIGHT_PRETRAINED_ARMS),
+        'plain_wide_madds': LIGHT_ARMS['plain_wide_madds'] | start('light/plain_wide_madds-1'),
+    },
+    0.001,
+)
 FINE_TUNE_BATCH2_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.003)
 FINE_TUNE_BATCH8_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.012)
 FINE_TUNE_DEEPPCB_ARMS = at_rate(NARROW_PRETRAINED_ARMS, 0.002)
 
 
-def mobile(kind: str, **odconv: Any) -> Options:
+def mobile(
+    kind: str,
+    widen_factor: float = 0.25,
+    channels: tuple[int, ...] = (8, 8, 24, 1280),
+    **odconv: Any,
+) -> Options:
     """A light detector with a MobileNetV2 of a quarter of its channels.
 
     Its ODConv kind has ODConv in every convolution but the first, as in the paper.
@@ -177,13 +203,13 @@ def mobile(kind: str, **odconv: Any) -> Options:
     backbone = dict(
         _delete_=True,
         type=kind,
-        widen_factor=0.25,
+        widen_factor=widen_factor,
         out_indices=(1, 2, 4, 7),
         norm_eval=False,
         init_cfg=None,
         **odconv,
     )
-    return {**LIGHT, 'model.backbone': backbone, 'model.neck.in_channels': [8, 8, 24, 1280]}
+    return {**LIGHT, 'model.backbone': backbone, 'model.neck.in_channels': list(channels)}
 
 
 MOBILE_ARMS = {
@@ -191,4 +217,9 @@ MOBILE_ARMS = {
     'od_k1': mobile('ODMobileNetV2', kernel_num=1),
     'od_k4': mobile('ODMobileNetV2', kernel_num=4),
     'od_k4_running': mobile('ODMobileNetV2', kernel_num=4, odconv_cfg=dict(norm_cfg=RUNNING)),
+    'condconv_k4': mobile('ODMobileNetV2', kernel_num=4, odconv_cfg=dict(type='CondConv2d')),
+    # All channels are multiples of eight, so this is the next wider network that has at least the
+    # multiply-adds of od_k4, and the one that has almost as many.
+    'plain_wide_madds': mobile('MobileNetV2', 0.28, (8, 16, 32, 1280)),
+    'plain_wide_below': mobile('MobileNetV2', 0.276),
 }

@@ -10,8 +10,3 @@ load_from = '{{$STATIC_DETECTOR:work_dirs/study/narrow/plain-1/epoch_4.pth}}'
 train_cfg = dict(max_epochs=2)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(T_max=2, end=2)
-
-# Plain arms take no notice of this.
-optim_wrapper = dict(
-    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(bank_lr_mult=2.0)
-)

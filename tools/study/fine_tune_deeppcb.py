@@ -11,8 +11,3 @@ train_cfg = dict(max_epochs=8, val_interval=4)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(T_max=8, end=8)
 default_hooks = dict(checkpoint=dict(interval=4))
-
-# Plain arms take no notice of this.
-optim_wrapper = dict(
-    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(bank_lr_mult=2.0)
-)

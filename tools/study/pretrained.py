@@ -15,8 +15,3 @@ model = dict(
         )
     )
 )
-
-# Plain arms take no notice of this.
-optim_wrapper = dict(
-    constructor='ODConvOptimWrapperConstructor', paramwise_cfg=dict(bank_lr_mult=2.0)
-)

@@ -28,13 +28,13 @@ from arms import (
     FINE_TUNE_BATCH2_ARMS,
     FINE_TUNE_BATCH8_ARMS,
     FINE_TUNE_DEEPPCB_ARMS,
+    FINE_TUNE_LIGHT_ARMS,
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
     MOBILE_ARMS,
     NARROW_ARMS,
     NARROW_PRETRAINED_ARMS,
     PRETRAINED_ARMS,
-    SMALL_BATCH_ARMS,
     Options,
     split_rate,
 )
@@ -54,6 +54,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
     'mobile': (STUDY / 'shapes.py', MOBILE_ARMS),
     'fine_tune': (STUDY / 'fine_tune.py', FINE_TUNE_ARMS),
+    'fine_tune_light': (STUDY / 'fine_tune.py', FINE_TUNE_LIGHT_ARMS),
     'fine_tune_batch2': (STUDY / 'fine_tune_batch2.py', FINE_TUNE_BATCH2_ARMS),
     'fine_tune_batch8': (STUDY / 'fine_tune_batch8.py', FINE_TUNE_BATCH8_ARMS),
     'fine_tune_deeppcb': (STUDY / 'fine_tune_deeppcb.py', FINE_TUNE_DEEPPCB_ARMS),
@@ -62,7 +63,6 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'pretrained': (STUDY / 'pretrained.py', PRETRAINED_ARMS),
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
     'narrow_pretrained': (STUDY / 'pretrained.py', NARROW_PRETRAINED_ARMS),
-    'small_batch': (STUDY / 'small_batch.py', SMALL_BATCH_ARMS),
 }
 LOGS = ROOT / 'docs/study/logs'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
