@@ -132,7 +132,8 @@ PRETRAINED_ARMS = on(
         'od_k4_running': dynamic(4, norm_cfg=RUNNING),
         'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
         'od_k4_no_norm': dynamic(4, norm_cfg=None),
-        # BANK_RATE is that of banks with four attentions. These have a factor of their own.
+        # BANK_RATE is that of four kernels with four attentions. These have a factor of their own.
+        'od_k1_running': bank_rate(dynamic(1, norm_cfg=RUNNING), 'compensated'),
         'od_kernel_ln': bank_rate(dynamic(4, attentions=('kernel',), norm_cfg=LN), 'compensated'),
         'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
         'dyconv_k4': bank_rate(dynamic(4, type='DyConv2d'), 'compensated'),
