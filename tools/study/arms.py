@@ -224,3 +224,11 @@ MOBILE_ARMS = {
     'plain_wide_madds': mobile('MobileNetV2', 0.28, (8, 16, 32, 1280)),
     'plain_wide_below': mobile('MobileNetV2', 0.276),
 }
+# From the detector of the plain network, as above.
+FINE_TUNE_MOBILE_ARMS = at_rate(
+    on(
+        {**STATIC_WEIGHTS, **start('mobile/plain-0')},
+        {arm: MOBILE_ARMS[arm] for arm in ('plain', 'od_k4_running')},
+    ),
+    0.001,
+)
