@@ -27,6 +27,7 @@ TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
 MAIN_TASK, FINE_TUNING = 'narrow', 'fine_tune'
 # The tables of a task stand between these two lines of the page.
 START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
+LEGEND: dict[str, Any] = dict(loc='outside lower center', ncols=3, frameon=False)
 Log = dict[str, Any]
 
 
@@ -170,12 +171,17 @@ def over(arms: dict[str, list[Log]], metric: str, arm: str, other: str) -> list[
     return [finals[0][seed] - finals[1][seed] for seed in sorted(set(finals[0]) & set(finals[1]))]
 
 
+def arm_colors(arms: dict[str, list[Log]]) -> dict[str, Any]:
+    """A colour for each arm, the same in all figures of a task."""
+    return dict(zip(arms, mpl.color_sequences['tab20'], strict=False))
+
+
 def curves(arms: dict[str, list[Log]], path: Path) -> None:
     """AP after each evaluation, and the training loss, with bands of one standard deviation."""
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.5, 8.5), layout='constrained')
-    colors = iter(plt.get_cmap('tab20').colors)
+    colors = arm_colors(arms)
     for arm, logs in arms.items():
-        color = next(colors)
+        color = colors[arm]
         evaluations = zip(*(log['evaluations'] for log in logs), strict=False)
         points = [(e[0]['epoch'], [100 * one['mAP'] for one in e]) for e in evaluations]
         _band(upper, points, color, label=arm, marker='o', markersize=3)
@@ -184,7 +190,7 @@ def curves(arms: dict[str, list[Log]], path: Path) -> None:
     upper.set(xlabel='epoch', ylabel='AP')
     upper.xaxis.get_major_locator().set_params(integer=True)
     lower.set(xlabel='iteration', ylabel='training loss', yscale='log')
-    figure.legend(loc='outside lower center', ncols=3, frameon=False)
+    figure.legend(**LEGEND)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -204,10 +210,11 @@ def _band(axes: Any, points: list[tuple[float, list[float]]], color: Any, **line
 def costs(arms: dict[str, list[Log]], path: Path) -> None:
     """Final AP of each run, and its mean against multiply-adds and the time of a step."""
     order = sorted(arms, key=lambda arm: statistics.mean(final(arms[arm], 'mAP')))
-    figure, (runs, *both) = plt.subplots(3, 1, figsize=(6.5, 11), layout='constrained')
+    figure, (runs, *both) = plt.subplots(3, 1, figsize=(6.5, 11.5), layout='constrained')
+    colors = arm_colors(arms)
     for place, arm in enumerate(order):
         values = final(arms[arm], 'mAP')
-        runs.plot(values, [place] * len(values), 'o', color='C0', alpha=0.6)
+        runs.plot(values, [place] * len(values), 'o', color=colors[arm])
         runs.plot(statistics.mean(values), place, '|', color='k', markersize=16)
     runs.set(xlabel='AP of each run (the bar is the mean)', yticks=range(len(order)))
     runs.set_yticklabels(order)
@@ -221,10 +228,9 @@ def costs(arms: dict[str, list[Log]], path: Path) -> None:
         for arm in order:
             x = statistics.mean(log[name] / unit for log in arms[arm])
             y = statistics.mean(final(arms[arm], 'mAP'))
-            axes.plot(x, y, 'o', color='C0')
-            axes.annotate(arm, (x, y), xytext=(4, 3), textcoords='offset points', fontsize=8)
+            axes.plot(x, y, 'o', color=colors[arm], markersize=8, label=arm)
         axes.set(xlabel=label, ylabel='AP')
-        axes.margins(x=0.3)
+    figure.legend(*both[0].get_legend_handles_labels(), **LEGEND)
     for axes in (runs, *both):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
