@@ -183,6 +183,9 @@ FINE_TUNE_LIGHT_ARMS = at_rate(
     {
         **on(start('light/plain-1'), LIGHT_PRETRAINED_ARMS),
         'plain_wide_madds': LIGHT_ARMS['plain_wide_madds'] | start('light/plain_wide_madds-1'),
+        'plain_wide_madds_start0': (
+            LIGHT_ARMS['plain_wide_madds'] | start('light/plain_wide_madds-0')
+        ),
     },
     0.001,
 )
@@ -224,11 +227,19 @@ MOBILE_ARMS = {
     'plain_wide_madds': mobile('MobileNetV2', 0.28, (8, 16, 32, 1280)),
     'plain_wide_below': mobile('MobileNetV2', 0.276),
 }
-# From the detector of the plain network, as above.
-FINE_TUNE_MOBILE_ARMS = at_rate(
-    on(
-        {**STATIC_WEIGHTS, **start('mobile/plain-0')},
-        {arm: MOBILE_ARMS[arm] for arm in ('plain', 'od_k4_running')},
-    ),
-    0.001,
-)
+# Each from a plain detector with as many channels, which was trained as long.
+MOBILE_TUNED = on(
+    start('mobile/plain-0'),
+    {
+        'plain': MOBILE_ARMS['plain'],
+        'od_k1_running': bank_rate(
+            mobile('ODMobileNetV2', kernel_num=1, odconv_cfg=dict(norm_cfg=RUNNING)), 'compensated'
+        ),
+        'od_k4_running': MOBILE_ARMS['od_k4_running'],
+        'condconv_k4': bank_rate(MOBILE_ARMS['condconv_k4'], 'compensated'),
+    },
+) | {
+    arm: MOBILE_ARMS[arm] | start(f'mobile/{arm}-0')
+    for arm in ('plain_wide_madds', 'plain_wide_below')
+}
+FINE_TUNE_MOBILE_ARMS = at_rate(on(STATIC_WEIGHTS, MOBILE_TUNED), 0.001)
