@@ -178,14 +178,17 @@ FINE_TUNE_ARMS = at_rate(
     },
     0.001,
 )
-# The same for the networks with twice the channels.
+# The same for the networks with twice the channels, from the detectors of seeds 1 and 0.
+LIGHT_WIDE = LIGHT_ARMS['plain_wide_madds']
 FINE_TUNE_LIGHT_ARMS = at_rate(
     {
         **on(start('light/plain-1'), LIGHT_PRETRAINED_ARMS),
-        'plain_wide_madds': LIGHT_ARMS['plain_wide_madds'] | start('light/plain_wide_madds-1'),
-        'plain_wide_madds_start0': (
-            LIGHT_ARMS['plain_wide_madds'] | start('light/plain_wide_madds-0')
-        ),
+        'plain_wide_madds': LIGHT_WIDE | start('light/plain_wide_madds-1'),
+        **{
+            f'{arm}_start0': LIGHT_PRETRAINED_ARMS[arm] | start('light/plain-0')
+            for arm in ('plain', 'od_k4_running')
+        },
+        'plain_wide_madds_start0': LIGHT_WIDE | start('light/plain_wide_madds-0'),
     },
     0.001,
 )
