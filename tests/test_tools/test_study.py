@@ -85,10 +85,8 @@ def test_arms_are_compared_seed_by_seed(tool):
         'od_k4': [log('od_k4', 1, 0.54, 0.4), log('od_k4', 2, 0.9, 0.4), log('od_k4', 0, 0.42, 1)],
     }
     # Seed 0 gains 2 points and seed 1 gains 4; seed 2 has no twin.
-    rows = [line.split(' | ') for line in tool('table').differences(arms).splitlines()]
-    assert rows[-1][:2] == ['| od_k4', '3.0 ± 1.4']
-    assert rows[-2][0] == '| plain'
-    assert rows[-2][3].startswith('3.0 ± 1.4')
+    rows = [line.split(' | ') for line in tool('table').differences(arms).splitlines()[2:]]
+    assert rows == [['| 1', 'od_k4', '3.0 ± 1.4', '0.0 ± 0.0', ' |']]
 
 
 def test_arms_are_compared_at_their_best_rates(tool):
@@ -99,22 +97,23 @@ def test_arms_are_compared_at_their_best_rates(tool):
         'od_k4_rate4': [log('od_k4_rate4', 0, 0.45, 0.4)],
         'od_k1': [log('od_k1', 0, 0.45, 0.4)],
     }
-    own, title, at_four, best = tool('table').comparisons(arms).split('\n\n')
-    assert [line.split(' | ')[0] for line in own.splitlines()[2:]] == [
-        '| plain',
-        '| od_k1',
-        '| od_k4',
+    rows = [line.split(' | ') for line in tool('table').differences(arms).splitlines()[2:]]
+    # At the rate 4, ODConv loses 5 points.
+    assert rows == [
+        ['| 1', 'od_k1', '5.0', '0.0', '11.0 |'],
+        ['| 1', 'od_k4', '16.0 ± 0.0', '0.0 ± 0.0', ' |'],
+        ['| 4', 'od_k4', '-5.0', '0.0', ' |'],
     ]
-    assert title.startswith('At 4 times the learning rate')
-    # ODConv loses 5 points at this rate.
-    rows = [line.split(' | ') for line in at_four.splitlines()[2:]]
-    assert rows == [['| od_k4', '-5.0', '0.0', ' |'], ['| plain', '', '', '-5.0 |']]
-    rows = [line.split(' | ') for line in best.splitlines()[2:]]
+    rows = [line.split(' | ') for line in tool('table').best_rates(arms).splitlines()[2:]]
     # 6 points with one seed, 4 with the other.
     assert rows == [
         ['| plain', '1: 41.0, 4: 52.0', '4', '2', '52.0 ± 2.8', '', '', '5.0 ± 1.4 |'],
         ['| od_k4', '1: 57.0, 4: 45.0', '1', '2', '57.0 ± 1.4', '5.0 ± 1.4', '0.0 ± 0.0', ' |'],
     ]
+
+
+def test_there_is_no_table_without_two_arms_to_compare(tool):
+    assert not tool('table').differences({'plain_rate4': [log('plain_rate4', 0, 0.5, 0.5)]})
 
 
 def test_an_arm_at_another_rate(tool):

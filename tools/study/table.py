@@ -79,24 +79,30 @@ def table(arms: dict[str, list[Log]]) -> str:
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
-def differences(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
+def differences(arms: dict[str, list[Log]]) -> str:
     """A Markdown table of what separates arms run by run, the two runs of a seed side by side.
 
-    They start from the same seed and see the same images in the same order. The last column has
-    by how much ``ours`` is better than the arm.
+    The two have the same learning rate, start from the same seed and see the same images in the
+    same order. The last column has by how much our arm is better than the arm of the row.
     """
-    head = ['arm', 'AP over `plain`', 'AP small over `plain`', f'`{ours}` over it, AP']
+    ours = our_arm(arms)
+    head = ['rate', 'arm', 'AP over `plain`', 'AP small over `plain`', f'`{ours}` over it, AP']
     rows = [head, ['---'] * len(head)]
-    for arm in sorted(arms, key=lambda arm: statistics.mean(final(arms[arm], 'mAP'))):
-        rows.append([arm, *_gains(arms, arm, ours)])
-    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+    for rate in sorted({split_rate(name)[1] for name in arms}):
+        alike = at_rate(arms, rate)
+        for arm in sorted(alike, key=lambda arm: statistics.mean(final(alike[arm], 'mAP'))):
+            gains = _gains(alike, arm, ours)
+            if arm != 'plain' and any(gains):
+                rows.append([f'{rate:g}', arm, *gains])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows) if len(rows) > 2 else ''
 
 
-def best_rates(arms: dict[str, list[Log]], ours: str = 'od_k4') -> str:
+def best_rates(arms: dict[str, list[Log]]) -> str:
     """A Markdown table of arms, each at that of its learning rates which gave the best AP.
 
     Arms with a single rate are left out; if all have, the table is empty.
     """
+    ours = our_arm(arms)
     rates = by_rate(arms)
     mean = {
         arm: {rate: statistics.mean(final(logs, 'mAP')) for rate, logs in tried.items()}
@@ -130,29 +136,19 @@ def at_rate(arms: dict[str, list[Log]], rate: float) -> dict[str, list[Log]]:
     return {arm: logs for (arm, factor), logs in split if factor == rate}
 
 
-def comparisons(arms: dict[str, list[Log]]) -> str:
-    """What separates the arms: at the task's own learning rate, at the one that is the best for
-    plain convolutions, and each at its own best rate.
-    """
-    best = best_rate(by_rate(arms).get('plain', {}))
-    own_rate, at_best = at_rate(arms, 1.0), at_rate(arms, best)
-    tables = [differences(own_rate, our_arm(own_rate))]
-    if best != 1:
-        title = f'At {best:g} times the learning rate, which is the best one for `plain`:\n\n'
-        tables.append(title + differences(at_best, our_arm(at_best)))
-    tables.append(best_rates(arms, our_arm(at_best)))
-    return '\n'.join(table for table in tables if table)
-
-
 def best_rate(tried: dict[float, list[Log]]) -> float:
-    """The learning rate with the highest mean AP, the task's own if there is none to choose."""
-    return max(tried, key=lambda rate: statistics.mean(final(tried[rate], 'mAP')), default=1.0)
+    """The learning rate with the highest mean AP."""
+    return max(tried, key=lambda rate: statistics.mean(final(tried[rate], 'mAP')))
 
 
 def our_arm(arms: dict[str, list[Log]]) -> str:
     """The ODConv of four kernels that other arms are compared with: that with the most seeds."""
-    names = [arm for arm in ('od_k4', 'od_k4_ln', 'od_k4_running') if arm in arms]
-    return max(names, key=lambda arm: len(arms[arm]), default='od_k4')
+    seeds = dict.fromkeys(('od_k4', 'od_k4_ln', 'od_k4_running'), 0)
+    for name, logs in arms.items():
+        arm, _ = split_rate(name)
+        if arm in seeds:
+            seeds[arm] = max(seeds[arm], len(logs))
+    return max(seeds, key=lambda arm: seeds[arm])
 
 
 def _gains(arms: dict[str, list[Log]], arm: str, ours: str) -> list[str]:
@@ -290,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.page.read_text(encoding='utf-8') if args.page.exists() else ''
     for name, arms in tasks.items():
-        tables = f'{table(arms)}\n{comparisons(arms)}'
+        tables = '\n'.join(filter(None, (table(arms), differences(arms), best_rates(arms))))
         page = _put(tables, START.format(name), page)
         print(name, tables, sep='\n\n')
     if page:
