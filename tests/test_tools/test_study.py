@@ -130,7 +130,8 @@ def test_no_logs(tool, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    'task', ['narrow', *(pytest.param(t, marks=pytest.mark.slow) for t in ('shapes', 'light'))]
+    'task',
+    ['narrow', 'mobile', *(pytest.param(t, marks=pytest.mark.slow) for t in ('shapes', 'light'))],
 )
 def test_every_arm_builds_with_the_counts_of_its_convolutions(tool, task):
     run = tool('run')
