@@ -228,12 +228,10 @@ MOBILE_ARMS = {
     # od_k4. It has 19 % more.
     'plain_wide_madds': mobile('MobileNetV2', 0.28, (8, 16, 32, 1280)),
 }
-# Each from a plain detector with as many channels, which was trained as long.
-MOBILE_TUNED = {
-    **on(
-        start('mobile/plain-0'),
+FINE_TUNE_MOBILE_ARMS = at_rate(
+    on(
+        STATIC_WEIGHTS | start('mobile/plain-0'),
         {arm: MOBILE_ARMS[arm] for arm in ('plain', 'od_k4_running')},
     ),
-    'plain_wide_madds': MOBILE_ARMS['plain_wide_madds'] | start('mobile/plain_wide_madds-0'),
-}
-FINE_TUNE_MOBILE_ARMS = at_rate(on(STATIC_WEIGHTS, MOBILE_TUNED), 0.001)
+    0.001,
+)
