@@ -203,7 +203,7 @@ def mobile(
     channels: tuple[int, ...] = (8, 8, 24, 1280),
     **odconv: Any,
 ) -> Options:
-    """A light detector with a MobileNetV2 of a quarter of its channels.
+    """A light detector with a MobileNetV2, of a quarter of its channels by default.
 
     Its ODConv kind has ODConv in every convolution but the first, as in the paper.
     """
