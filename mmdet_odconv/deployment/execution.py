@@ -85,6 +85,12 @@ class _BlackBoxes(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        # Blocks with activation checkpointing ask; in inference the answer is no.
+        if isinstance(obj, fx.proxy.Attribute) and obj.attr == 'requires_grad':
+            return False
+        return super().to_bool(obj)
+
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,10 +1,12 @@
 """Folds the BatchNorms of a model in evaluation mode into what comes before them."""
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from mmcv.cnn.bricks import wrappers
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +27,8 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
 
     The function does not touch norms in training mode and norms without running statistics. It
     also leaves alone what something else may read: convolutions and norms that are used at several
-    places or have hooks, and those whose order of execution cannot be followed.
+    places or have hooks, and those whose order of execution cannot be followed. The log says how
+    many norms were folded; a warning in it names those that stay.
 
     Args:
         model (nn.Module): Any module, in evaluation mode.
@@ -34,6 +37,7 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
         nn.Module: ``model`` itself, which is changed in place. Its state dict has other entries
         afterwards.
     """
+    before = _batch_norms(model)
     pairs = list(directly_following(model, (*DYNAMIC_TYPES, *_PLAIN), _BatchNorm))
     for parent, conv_name, norm_name in pairs:
         conv: Any = parent.get_submodule(conv_name)
@@ -53,7 +57,18 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
             _fold(module.bn, module.fc, 0)
             module.bn = nn.Identity()
     _fuse_blocks(model)
+    kept = _batch_norms(model)
+    named = f' and kept {len(kept)}: {", ".join(kept)}' if kept else ''
+    print_log(
+        f'fuse_odconv_bn folded {len(before) - len(kept)} BatchNorms{named}',
+        logger='current',
+        level=logging.WARNING if kept else logging.INFO,
+    )
     return model
+
+
+def _batch_norms(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
 
 
 def keep_fuse_methods_right(model: nn.Module) -> None:

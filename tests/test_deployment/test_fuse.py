@@ -1,6 +1,7 @@
 """fuse_odconv_bn: the same outputs with fewer norms, and hands off what it cannot follow."""
 
 import copy
+import logging
 import pickle
 from functools import partial
 
@@ -288,6 +289,32 @@ def test_subclasses_of_convolutions_stay():
     check(sequence(nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6)), X[2], left=['1'])
     weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
     check(sequence(weighted, nn.BatchNorm2d(6)), X[2], left=['1'])
+
+
+def test_checkpointed_blocks_are_fused():
+    model = prepare(ODResNet(depth=18, base_channels=8, with_cp=True))
+    check(model, torch.randn(2, 3, 64, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ('model', 'message', 'level'),
+    [
+        (nn.Sequential(ODConv2d(4, 6, 3), nn.BatchNorm2d(6)), 'folded 2 BatchNorms', 'INFO'),
+        (
+            nn.Sequential(nn.BatchNorm2d(4), ODConv2d(4, 6, 3)),
+            'folded 1 BatchNorms and kept 1: 0',
+            'WARNING',
+        ),
+    ],
+)
+def test_the_log_says_what_was_folded(model, message, level, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        'mmdet_odconv.deployment.fuse.print_log',
+        lambda text, logger, level: told.append((text, logging.getLevelName(level))),
+    )
+    fuse_odconv_bn(model.eval())
+    assert told == [(f'fuse_odconv_bn {message}', level)]
 
 
 def test_synchronised_and_reverted_norms():
