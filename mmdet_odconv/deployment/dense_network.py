@@ -96,11 +96,17 @@ def export_dense_network(
 
 
 def require_single_stage(detector: nn.Module) -> None:
-    """Raise ValueError unless the detector is dense: a backbone, a neck and one dense head."""
+    """Raise ValueError unless the detector is a backbone, a neck and one dense head of images."""
     if not isinstance(detector, SingleStageDetector) or not hasattr(detector, 'bbox_head'):
         raise ValueError(
             f'{type(detector).__name__} is not a single-stage detector with a dense head: what '
             'comes after its neck depends on the proposals or queries of each image'
+        )
+    if any(getattr(module, 'valid_sizes', None) is not None for module in detector.modules()):
+        raise ValueError(
+            "the detector leaves out the padding of its batches (attention_pool='valid'), and the "
+            "network of an ONNX file does not know it; export it with attention_pool='all', and "
+            'give the file images without padding'
         )
 
 

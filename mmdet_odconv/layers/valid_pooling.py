@@ -5,31 +5,44 @@ the padding in, so the same image gets other kernels in other company. Here the 
 each image's own part of the map instead.
 """
 
+import functools
+import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
-from ..compat import not_compiled
 from ..functional import at_least_float32
+
+# The first two parameters of the methods that get images with their data samples, in mmdet and
+# mmseg: forward, loss, predict and others.
+_IMAGES, _SAMPLES = ('inputs', 'batch_inputs'), ('data_samples', 'batch_data_samples')
+
+
+class _Call:
+    """A call with images: the images, what part of each is valid, and if the maps are theirs."""
+
+    def __init__(self, images: Tensor, samples: Any) -> None:
+        self.images = images
+        self.fractions = _fractions(images, samples)
+        self.is_on_whole_images = True
 
 
 class ValidSizes:
     """The sizes of the images in the batch that a model is working on.
 
-    The model sets them, and its ODConv layers read them. Threads that use the model at the same
-    time have sizes of their own.
-
-    After a training step the sizes stay until the next one, because gradient checkpointing
-    computes the layers again in the backward pass, on a GPU in a thread of PyTorch's own. With
-    checkpointing, each forward pass therefore needs its backward pass before the next one.
+    They belong to a call: the model's methods that get data samples set them, the ODConv layers
+    read them, and outside of such a call there are none. Threads that use the model at the same
+    time have sizes of their own. Gradient checkpointing computes layers again in the backward pass,
+    where the losses of each call bring its sizes back.
     """
 
     def __init__(self) -> None:
-        self._by_thread: dict[int, Tensor] = {}
-        self._latest: Tensor | None = None
+        self._thread = threading.local()
+        self._backward: tuple[int, Tensor | None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'ValidSizes':
         return memo.setdefault(id(self), ValidSizes())
@@ -37,23 +50,46 @@ class ValidSizes:
     def __reduce__(self) -> tuple[Any, ...]:
         return ValidSizes, ()
 
-    @not_compiled
-    def before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Take the sizes from the arguments of a detector of mmdet: images and data samples."""
-        inputs = kwargs.get('inputs', args[0] if args else None)
-        samples = kwargs.get('data_samples', args[1] if len(args) > 1 else None)
-        self._set(_fractions(inputs, samples), keep=model.training)
+    def run(self, method: Any, images: Any, samples: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a model's ``method`` with these arguments, with the sizes of its images."""
+        outer = getattr(self._thread, 'call', None)
+        if not isinstance(images, Tensor) or (outer is not None and outer.images is images):
+            return method(*args, **kwargs)
+        self._thread.call = call = _Call(images, samples)
+        try:
+            outputs = method(*args, **kwargs)
+        finally:
+            self._thread.call = outer
+        for tensor in _tensors(outputs):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(lambda _, sizes=call.fractions: self._in_backward(sizes))
+        return outputs
 
-    def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Forget the sizes, unless a backward pass may need them."""
-        if not model.training:
-            self._set(None, keep=False)
+    @torch.compiler.disable
+    def before_backbone(self, backbone: nn.Module, args: tuple[Any, ...]) -> None:
+        """Use the sizes only where the backbone gets the images themselves, and not crops."""
+        call = getattr(self._thread, 'call', None)
+        if call is not None and args and isinstance(args[0], Tensor):
+            call.is_on_whole_images = args[0].shape == call.images.shape
 
-    def _set(self, fractions: Tensor | None, keep: bool) -> None:
-        self._by_thread.pop(threading.get_ident(), None)
-        if fractions is not None:
-            self._by_thread[threading.get_ident()] = fractions
-        self._latest = fractions if keep else None
+    def _in_backward(self, fractions: Tensor | None) -> None:
+        """Hold these sizes for what the backward pass computes again, until it ends."""
+        task = torch._C._current_graph_task_id()
+        if self._backward is None or self._backward[0] != task:
+            Variable._execution_engine.queue_callback(self._end_of_backward)
+        self._backward = task, fractions
+
+    def _end_of_backward(self) -> None:
+        self._backward = None
+
+    def _current(self) -> Tensor | None:
+        call = getattr(self._thread, 'call', None)
+        if call is not None:
+            return call.fractions if call.is_on_whole_images else None
+        # Within it, a reentrant checkpoint has a backward pass of its own, with a higher number.
+        if self._backward is None or torch._C._current_graph_task_id() < self._backward[0]:
+            return None
+        return self._backward[1]
 
     @torch.compiler.disable
     def average(self, x: Tensor) -> Tensor | None:
@@ -65,7 +101,7 @@ class ValidSizes:
         Returns:
             Tensor | None: Shape (B, C, 1, 1), float32 or wider.
         """
-        fractions = self._by_thread.get(threading.get_ident(), self._latest)
+        fractions = self._current()
         if fractions is None or len(fractions) != len(x):
             return None
         height, width = x.shape[2:]
@@ -78,12 +114,46 @@ class ValidSizes:
         return torch.einsum('bchw,bhw->bc', wide, weight)[:, :, None, None]
 
 
-def _fractions(inputs: Any, samples: Any) -> Tensor | None:
+class _Method:
+    """A method of a model that gets images and data samples, run by :meth:`ValidSizes.run`."""
+
+    def __init__(self, sizes: ValidSizes, model: nn.Module, name: str) -> None:
+        self.sizes, self.model, self.name = sizes, model, name
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(type(self.model), self.name)
+        names = [*inspect.signature(method).parameters][1:3]
+        images, samples = (
+            args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(names)
+        )
+        return self.sizes.run(method, images, samples, self.model, *args, **kwargs)
+
+
+@functools.cache
+def _methods_with_samples(kind: type[nn.Module]) -> list[str]:
+    methods = []
+    for name, function in inspect.getmembers(kind, inspect.isfunction):
+        names = [*inspect.signature(function).parameters][1:3]
+        if len(names) == 2 and names[0] in _IMAGES and names[1] in _SAMPLES:
+            methods.append(name)
+    return methods
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (dict, list, tuple)):
+        for item in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _tensors(item)
+
+
+def _fractions(inputs: Tensor, samples: Any) -> Tensor | None:
     """Which part of the height and width of each input its image takes, shape (B, 2), on the CPU.
 
     None where that is unknown, or where all images fill their inputs.
     """
-    if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not isinstance(samples, Sequence):
+    if inputs.dim() != 4 or not isinstance(samples, Sequence):
         return None
     shapes: list[Any] = [getattr(sample, 'img_shape', None) for sample in samples]
     if None in shapes or len(shapes) != len(inputs):
@@ -97,9 +167,11 @@ def _fractions(inputs: Any, samples: Any) -> Tensor | None:
 def use_valid_pooling(model: nn.Module) -> int:
     """Let the attentions of a detector leave out the padding of its batches.
 
-    The detector must have the arguments of mmdet's detectors: ``inputs``, a batch of images, and
-    ``data_samples`` with the ``img_shape`` of each image without the padding of the batch. If they
-    are not given, the average is taken over the whole map, as by default. Padding that a ``Pad`` in
+    The sizes of the images without the padding are the ``img_shape`` of the data samples that a
+    method such as ``forward``, ``loss`` or ``predict`` gets with the images. This holds for each
+    detector in the model, as the student and the teacher of a ``SoftTeacher`` are. Without data
+    samples, and where the backbone gets other maps than these images (windows of them, for
+    example), the average is taken over the whole map, as by default. Padding that a ``Pad`` in
     the data pipeline adds is not left out, because mmdet counts it as part of the image.
 
     Published weights were trained with averages over the whole map.
@@ -112,7 +184,8 @@ def use_valid_pooling(model: nn.Module) -> int:
         except those in a ``roi_head``, whose batch consists of regions and not of images.
 
     Raises:
-        ValueError: The model has no such layer, or has valid pooling already.
+        ValueError: The model has no such layer, no method that gets images with data samples, or
+            has valid pooling already.
     """
     layers = [
         module
@@ -125,9 +198,15 @@ def use_valid_pooling(model: nn.Module) -> int:
         raise ValueError(f'{type(model).__name__} has no 2-D ODConv layer that pools whole images')
     if any(layer.valid_sizes is not None for layer in layers):
         raise ValueError(f'{type(model).__name__} has valid pooling already')
+    methods = [(m, name) for m in model.modules() for name in _methods_with_samples(type(m))]
+    if not methods:
+        raise ValueError(f'{type(model).__name__} has no method with images and data samples')
     sizes = ValidSizes()
-    model.register_forward_pre_hook(sizes.before_forward, with_kwargs=True)
-    model.register_forward_hook(sizes.after_forward, always_call=True)
+    for module, name in methods:
+        setattr(module, name, _Method(sizes, module, name))
+    for module in dict.fromkeys(module for module, _ in methods):
+        if isinstance(getattr(module, 'backbone', None), nn.Module):
+            module.backbone.register_forward_pre_hook(sizes.before_backbone)
     for layer in layers:
         layer.valid_sizes = sizes
     return len(layers)

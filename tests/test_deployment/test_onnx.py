@@ -11,6 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import nn
 
+from mmdet_odconv import use_valid_pooling
 from mmdet_odconv.deployment import (
     export_dense_network,
     largest_difference,
@@ -129,6 +130,16 @@ def test_two_stages_are_refused(tmp_path):
         export_dense_network(model, tmp_path / 'x.onnx', (64, 96))
     with pytest.raises(ValueError, match='FasterRCNN is not a single-stage detector'):
         use_onnx_network(model, tmp_path / 'x.onnx')
+
+
+def test_valid_pooling_is_refused(tmp_path):
+    """A file would average over the padding, and no image alone, as in a check, would show it."""
+    model = detector()
+    use_valid_pooling(model)
+    with pytest.raises(ValueError, match="leaves out the padding .*attention_pool='all'"):
+        export_dense_network(model, tmp_path / 'valid.onnx', (32, 64))
+    with pytest.raises(ValueError, match="leaves out the padding .*attention_pool='all'"):
+        use_onnx_network(model, tmp_path / 'valid.onnx')
 
 
 def test_other_files_are_refused(tmp_path):
