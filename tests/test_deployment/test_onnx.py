@@ -136,9 +136,9 @@ def test_valid_pooling_is_refused(tmp_path):
     """A file would average over the padding, and no image alone, as in a check, would show it."""
     model = detector()
     use_valid_pooling(model)
-    with pytest.raises(ValueError, match="leaves out the padding .*attention_pool='all'"):
+    with pytest.raises(ValueError, match=r"leaves out the padding .*attention_pool='all'"):
         export_dense_network(model, tmp_path / 'valid.onnx', (32, 64))
-    with pytest.raises(ValueError, match="leaves out the padding .*attention_pool='all'"):
+    with pytest.raises(ValueError, match=r"leaves out the padding .*attention_pool='all'"):
         use_onnx_network(model, tmp_path / 'valid.onnx')
 
 
