@@ -131,7 +131,7 @@ class _Method:
 
 
 @functools.cache
-def _methods_with_samples(kind: type[nn.Module]) -> list[str]:
+def _methods_with_samples(kind: Any) -> list[str]:
     methods = []
     for name, function in inspect.getmembers(kind, inspect.isfunction):
         names = [*inspect.signature(function).parameters][1:3]
@@ -205,8 +205,9 @@ def use_valid_pooling(model: nn.Module) -> int:
     for module, name in methods:
         setattr(module, name, _Method(sizes, module, name))
     for module in dict.fromkeys(module for module, _ in methods):
-        if isinstance(getattr(module, 'backbone', None), nn.Module):
-            module.backbone.register_forward_pre_hook(sizes.before_backbone)
+        backbone: Any = getattr(module, 'backbone', None)
+        if isinstance(backbone, nn.Module):
+            backbone.register_forward_pre_hook(sizes.before_backbone)
     for layer in layers:
         layer.valid_sizes = sizes
     return len(layers)
