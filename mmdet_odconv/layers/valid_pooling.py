@@ -198,7 +198,8 @@ def use_valid_pooling(model: nn.Module) -> int:
         raise ValueError(f'{type(model).__name__} has no 2-D ODConv layer that pools whole images')
     if any(layer.valid_sizes is not None for layer in layers):
         raise ValueError(f'{type(model).__name__} has valid pooling already')
-    methods = [(m, name) for m in model.modules() for name in _methods_with_samples(type(m))]
+    modules: list[Any] = [*model.modules()]
+    methods = [(m, name) for m in modules for name in _methods_with_samples(m.__class__)]
     if not methods:
         raise ValueError(f'{type(model).__name__} has no method with images and data samples')
     sizes = ValidSizes()
