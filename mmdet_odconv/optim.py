@@ -1,18 +1,20 @@
 """Learning rates and weight decays of ODConv's attentions and kernel banks."""
 
 import difflib
+import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from terminaltables import AsciiTable
 from torch import nn
+from torch.optim import Optimizer
 
 from .functional.arguments import ArgumentError, check_number
 from .layers.odconv import _ODConvNd
@@ -24,8 +26,9 @@ _OWN = ('attention_lr_mult', 'attention_decay_mult', 'bank_lr_mult')
 class ODConvOptimWrapperConstructor:
     """Sets the learning rates of the attentions and banks of ODConv layers.
 
-    First, another constructor sets the rates and decays of all parameters by its own rules. This
-    constructor then finds the ODConv layers by their class and changes these:
+    First, another constructor forms groups of parameters by its own rules. This constructor then
+    finds the ODConv layers by their class and changes the rates and decays of these, before the
+    optimizer is built:
 
     - The attention gets the bank's rate times ``attention_lr_mult``. This holds for its biases,
       too: a ``bias_lr_mult``, which is meant for the biases of a head, does not apply to them. Its
@@ -34,6 +37,8 @@ class ODConvOptimWrapperConstructor:
     - The bank's rate is multiplied by ``bank_lr_mult``, and its decay is divided by it, so that the
       two keep their balance.
     - The bank of a depthwise layer gets ``dwconv_decay_mult``, like a plain depthwise convolution.
+    - What one of ``custom_keys`` sets stays as it is where the key means the attention but not the
+      bank (``'attention'`` or ``'kernel_fc'``), or the bank but not the attention.
 
     A table of the rates goes to the log, in place of the one or two lines for each parameter that
     MMEngine's own constructor writes.
@@ -62,7 +67,8 @@ class ODConvOptimWrapperConstructor:
 
     Raises:
         ValueError: One of the three multipliers is not a number of at least 0, nor, for
-            ``bank_lr_mult``, the word 'compensated'; or another option has nearly its name.
+            ``bank_lr_mult``, the word 'compensated'; or another option has nearly its name; or the
+            optimizer has no rate.
     """
 
     def __init__(
@@ -84,21 +90,30 @@ class ODConvOptimWrapperConstructor:
                 raise ArgumentError(f'there is no option {name!r}; is it {near[0]!r}?')
         self.attention_lr_mult, self.attention_decay_mult, self.bank_lr_mult = values.values()
         self.dwconv_decay_mult = options.get('dwconv_decay_mult', 1.0)
+        self.custom_keys: dict[str, dict[str, Any]] = options.get('custom_keys') or {}
+        self.wrapper = {'type': 'OptimWrapper', **optim_wrapper_cfg}
+        self.optimizer: dict[str, Any] = self.wrapper.pop('optimizer')
+        kind: Any = self.optimizer['type']
+        with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+            self.optimizer_type = registry.get(kind) if isinstance(kind, str) else kind
+        # The optimizer that the other constructor builds has its groups and does nothing with them.
+        cfg = dict(optimizer=dict(self._defaults(), type=_Groups))
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
-            dict(type=base, optim_wrapper_cfg=optim_wrapper_cfg, paramwise_cfg=options)
+            dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=options)
         )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
+        model = getattr(model, 'module', model)
         with _without_lines_for_each_parameter():
-            wrapper: OptimWrapper = self.base(model)
-        optimizer = wrapper.optimizer
-        group_of = {id(p): group for group in optimizer.param_groups for p in group['params']}
+            given = self.base(model).optimizer.param_groups
+        group_of = groups_by_parameter(given)
         changed: dict[int, dict[str, float]] = {}
-        for layer in model.modules():
+        for name, layer in model.named_modules():
             if isinstance(layer, _ODConvNd):
-                changed |= self._changes(layer, group_of, optimizer)
+                changed |= self._changes(name, layer, group_of)
         groups: list[dict[str, Any]] = []
-        for group in optimizer.param_groups:
+        for group in given:
+            group.pop('param_names', None)  # of all its parameters
             rest = [p for p in group['params'] if id(p) not in changed]
             if rest:
                 groups.append(group | {'params': rest})
@@ -107,45 +122,107 @@ class ODConvOptimWrapperConstructor:
                 for p in group['params']
                 if id(p) in changed
             ]
-        optimizer.param_groups = groups
-        table = _table(model, groups)
+        parameters = next(iter(inspect.signature(self.optimizer_type).parameters))
+        optimizer = OPTIMIZERS.build({**self.optimizer, parameters: groups})
+        wrapper: OptimWrapper = OPTIM_WRAPPERS.build(
+            self.wrapper, default_args=dict(optimizer=optimizer)
+        )
+        table = _table(model, optimizer.param_groups)
         print_log(f'Learning rates:\n{table}', logger='current', level=logging.INFO)
         return wrapper
 
+    def _defaults(self) -> dict[str, float]:
+        """The rate and decay of a parameter without rules, as the optimizer itself sets them."""
+        defaults = {}
+        signature = inspect.signature(self.optimizer_type).parameters
+        for name in ('lr', 'weight_decay'):
+            default = signature[name].default if name in signature else inspect.Parameter.empty
+            if name in self.optimizer or default is not inspect.Parameter.empty:
+                defaults[name] = self.optimizer.get(name, default)
+        if defaults.get('lr') is None:
+            raise ArgumentError(f'set the lr of the optimizer {self.optimizer_type.__name__}')
+        return defaults
+
     def _changes(
-        self, layer: _ODConvNd, group_of: dict[int, dict[str, Any]], optimizer: Any
+        self, name: str, layer: _ODConvNd, group_of: dict[int, dict[str, Any]]
     ) -> dict[int, dict[str, float]]:
         """What differs from the groups of the other constructor, by parameter."""
         changes = {}
+        bank = f'{name}.weight'
+        attention = {
+            f'{name}.attention.{inner}': parameter
+            for inner, parameter in layer.attention.named_parameters()
+            if id(parameter) in group_of
+        }
+        bank_key = self._own_key(bank, attention)
         bank_group = group_of.get(id(layer.weight))
-        for parameter in layer.attention.parameters():
-            group = group_of.get(id(parameter))
-            if group is not None:
-                rate = (bank_group or group)['lr']
-                changes[id(parameter)] = _rates(
-                    group, rate * self.attention_lr_mult, self.attention_decay_mult
-                )
+        rates = [group_of[id(p)]['lr'] for key, p in attention.items() if key.endswith('weight')]
+        if bank_group is not None and 'lr_mult' not in bank_key:
+            rates = [bank_group['lr']]
+        for own_name, parameter in attention.items():
+            group = group_of[id(parameter)]
+            rate = (rates or [group['lr']])[0] * self.attention_lr_mult
+            changes[id(parameter)] = _rates(
+                group, rate, self.attention_decay_mult, self._own_key(own_name, [bank])
+            )
         if bank_group is not None:
-            factor = self._bank_factor(layer, optimizer)
+            factor = 1.0 if 'lr_mult' in bank_key else self._bank_factor(layer)
             decay_mult = 1 / factor if factor else 1.0
             if layer.groups == layer.in_channels:
                 decay_mult *= self.dwconv_decay_mult
-            changes[id(layer.weight)] = _rates(bank_group, bank_group['lr'] * factor, decay_mult)
+            changes[id(layer.weight)] = _rates(
+                bank_group, bank_group['lr'] * factor, decay_mult, bank_key
+            )
         return changes
 
-    def _bank_factor(self, layer: _ODConvNd, optimizer: Any) -> float:
+    def _own_key(self, name: str, others: Collection[str]) -> dict[str, Any]:
+        """What the custom key for a parameter sets, if it is for none of the others; else {}."""
+        # Of the keys in a name, MMEngine takes the longest, and of these the first.
+        for key in sorted(sorted(self.custom_keys), key=len, reverse=True):
+            if key in name:
+                return {} if any(key in other for other in others) else self.custom_keys[key]
+        return {}
+
+    def _bank_factor(self, layer: _ODConvNd) -> float:
         if self.bank_lr_mult != 'compensated':
             return float(self.bank_lr_mult)
         attention = layer.attention.constant_product()
-        if isinstance(optimizer, torch.optim.SGD):
+        if _is_sgd({**self.optimizer, 'type': self.optimizer_type}):
             return layer.kernel_num / attention**2
         spread = layer.spread if layer.kernel_num > 1 else 0.0
         return math.hypot(1, spread) / attention
 
 
-def _rates(group: dict[str, Any], rate: float, decay_mult: float) -> dict[str, float]:
-    rates = {'lr': rate}
-    if 'weight_decay' in group:
+class _Groups(Optimizer):
+    """Groups of parameters with their rates and decays."""
+
+    def __init__(self, params: Any, **defaults: float) -> None:
+        super().__init__(params, defaults)
+
+
+def groups_by_parameter(groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The group that each parameter of an optimizer is in, by the parameter's ``id``.
+
+    Args:
+        groups (list[dict]): The ``param_groups`` of the optimizer.
+    """
+    return {id(parameter): group for group in groups for parameter in group['params']}
+
+
+def _is_sgd(optimizer: Any) -> bool:
+    """Whether the config of an optimizer, or of one around another, says SGD."""
+    if isinstance(optimizer, dict):
+        return any(map(_is_sgd, optimizer.values()))
+    kind = getattr(torch.optim, optimizer, None) if isinstance(optimizer, str) else optimizer
+    return isinstance(kind, type) and issubclass(kind, torch.optim.SGD)
+
+
+def _rates(
+    group: dict[str, Any], rate: float, decay_mult: float, own: dict[str, Any]
+) -> dict[str, float]:
+    """A rate and a decay, except where the user's ``own`` key sets them."""
+    rates = {} if 'lr_mult' in own else {'lr': rate}
+    if 'weight_decay' in group and 'decay_mult' not in own:
         rates['weight_decay'] = group['weight_decay'] * decay_mult
     return rates
 
@@ -174,9 +251,8 @@ def _table(model: nn.Module, groups: list[dict[str, Any]]) -> str:
             kinds |= dict.fromkeys(map(id, layer.attention.parameters()), 'attentions of ODConv')
             kinds[id(layer.weight)] = 'kernel banks of ODConv'
     rates = {
-        id(parameter): (f'{group["lr"]:.3g}', f'{group.get("weight_decay", 0):.3g}')
-        for group in groups
-        for parameter in group['params']
+        parameter: (f'{group["lr"]:.3g}', f'{group.get("weight_decay", 0):.3g}')
+        for parameter, group in groups_by_parameter(groups).items()
     }
     rows: dict[tuple[str, ...], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():

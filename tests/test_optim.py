@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
 from mmdet_odconv import ODConv2d, ODConvOptimWrapperConstructor
@@ -90,6 +90,113 @@ def test_a_rate_of_the_backbone_is_shared_by_its_attentions():
     assert found['backbone.0.weight'] == pytest.approx((RATE * 0.1, DECAY))
     assert found['backbone.0.attention.fc.weight'] == pytest.approx((RATE * 0.05, DECAY))
     assert found['depthwise.attention.fc.weight'] == pytest.approx((RATE * 0.5, DECAY))
+
+
+@pytest.mark.parametrize('factor', [0.1, 0.0])
+@pytest.mark.parametrize('key', ['attention', 'kernel_fc', 'backbone.0.attention.kernel_fc.bias'])
+def test_a_key_of_the_user_for_the_attention_wins(key, factor):
+    found = rates(
+        Detector(),
+        attention_lr_mult=0.3,
+        bank_lr_mult=4.0,
+        custom_keys={key: dict(lr_mult=factor), 'backbone': dict(lr_mult=0.5)},
+    )
+    assert found['backbone.0.attention.kernel_fc.bias'] == pytest.approx((RATE * factor, DECAY))
+    assert found['backbone.0.weight'] == pytest.approx((RATE * 2, DECAY / 4))
+    if key != 'attention':
+        name = 'backbone.0.attention.channel_fc.weight'
+        assert found[name] == pytest.approx((RATE * 0.15, DECAY))
+
+
+def test_a_key_of_the_user_for_a_decay_or_a_bank_wins():
+    found = rates(
+        Detector(),
+        attention_lr_mult=0.3,
+        attention_decay_mult=0.5,
+        bank_lr_mult=4.0,
+        custom_keys={
+            'channel_fc': dict(decay_mult=0.0),
+            'backbone.0.weight': dict(lr_mult=0.0),
+            'depthwise.weight': dict(decay_mult=0.0),
+        },
+    )
+    assert found['backbone.0.attention.channel_fc.bias'] == pytest.approx((RATE * 0.3, 0))
+    assert found['backbone.0.attention.filter_fc.bias'] == pytest.approx((RATE * 0.3, DECAY / 2))
+    assert found['backbone.0.weight'] == pytest.approx((0, DECAY))
+    assert found['depthwise.weight'] == pytest.approx((RATE * 4, 0))
+
+
+def test_an_optimizer_around_another_has_the_rates():
+    """Such as SAM, whose own groups are those of the optimizer that it was given."""
+
+    @OPTIMIZERS.register_module(force=True)
+    class Around(torch.optim.Optimizer):
+        def __init__(self, params, base, **defaults):
+            super().__init__(params, defaults)
+            self.base = getattr(torch.optim, base)(self.param_groups, **defaults)
+            self.param_groups = self.base.param_groups
+
+        def step(self, closure=None):
+            self.base.step()
+
+    model, cfg = Detector(), dict(type='Around', base='SGD', lr=RATE, weight_decay=DECAY)
+    paramwise = dict(attention_lr_mult=0.0, bank_lr_mult='compensated')
+    wrapper = build_optim_wrapper(
+        model,
+        Config(
+            dict(
+                optimizer=cfg,
+                constructor='ODConvOptimWrapperConstructor',
+                paramwise_cfg=paramwise,
+            )
+        ),
+    )
+    layer = model.backbone[0]
+    before = layer.attention.channel_fc.bias.clone()
+    wrapper.update_params(model.backbone(torch.rand(4, 4, 6, 6)).square().mean())
+    assert torch.equal(layer.attention.channel_fc.bias, before)
+    assert layer.attention.channel_fc.bias.grad is None  # a step was made
+    (group,) = (g for g in wrapper.optimizer.base.param_groups if g['params'][0] is layer.weight)
+    assert group['lr'] == pytest.approx(RATE * 4 / layer.attention.constant_product() ** 2)
+
+
+def test_an_optimizer_in_shards_steps():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        model = Detector()
+        cfg = dict(type='ZeroRedundancyOptimizer', optimizer_type='SGD', lr=RATE, weight_decay=0.0)
+        wrapper = build_optim_wrapper(
+            model,
+            dict(
+                optimizer=cfg,
+                constructor='ODConvOptimWrapperConstructor',
+                paramwise_cfg=dict(attention_lr_mult=0.0),
+            ),
+        )
+        layer = model.backbone[0]
+        before = layer.weight.clone(), layer.attention.channel_fc.bias.clone()
+        wrapper.update_params(model.backbone(torch.rand(4, 4, 6, 6)).square().mean())
+        assert not torch.equal(layer.weight, before[0])
+        assert torch.equal(layer.attention.channel_fc.bias, before[1])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_the_optimizer_itself_sets_holds():
+    model = Detector()
+    cfg = dict(optimizer=dict(type='AdamW'), constructor='ODConvOptimWrapperConstructor')
+    wrapper = build_optim_wrapper(model, dict(cfg, paramwise_cfg=dict(attention_lr_mult=0.1)))
+    found = {
+        id(p): (group['lr'], group['weight_decay'])
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
+    }
+    default = torch.optim.AdamW([model.depthwise.weight]).defaults
+    expected = default['lr'], default['weight_decay']
+    assert found[id(model.depthwise.weight)] == expected
+    name = model.depthwise.attention.fc.weight
+    assert found[id(name)] == pytest.approx((expected[0] / 10, expected[1]))
 
 
 def test_depthwise_layers_have_the_decay_of_depthwise_convolutions():
