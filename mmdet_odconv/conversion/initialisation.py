@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from mmengine.model import BaseModule
 from torch import nn
 
 from ..layers import DYNAMIC_TYPES
@@ -14,9 +15,12 @@ class InitWeights:
 
     mmengine's initialisation goes by the types and names that the static model has. In a
     converted one it would not reach the ODConv layers inside plain containers, and would reset
-    layers after the model has set their biases. So each ODConv layer first initialises itself,
-    then the model does what it does, and in the end the attentions start anew, save those of
-    layers that a checkpoint (``init_cfg=dict(type='Pretrained', ...)``) was loaded into.
+    layers after the model has set their biases. So each ODConv layer whose plain convolution would
+    be initialised first initialises itself, then the model does what it does, and in the end the
+    attentions start anew, save those of layers that a checkpoint
+    (``init_cfg=dict(type='Pretrained', ...)``) was loaded into.
+
+    What says that it is initialised stays as it is, as in mmengine.
 
     Args:
         model (nn.Module): A model with ``init_weights``.
@@ -26,14 +30,34 @@ class InitWeights:
         self.model = model
 
     def __call__(self) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, DYNAMIC_TYPES)]
+        layers = list(_uninitialised(self.model))
         for layer in layers:
             layer.init_weights()
-        with _noting_loads(layers) as loaded, _skipped_by_mmengine(layers):
+        with _noting_loads(layers) as loaded, _skipped_by_mmengine(self.model):
             type(self.model).init_weights(self.model)
         for layer in layers:
             if layer not in loaded:
                 layer.attention.reset_parameters()
+
+
+def _uninitialised(module: Any, called: bool = True, reached: bool = False) -> Iterator[Any]:
+    """The dynamic layers whose plain convolutions the initialisation of ``module`` would reach.
+
+    Args:
+        module (nn.Module): A model or a part of one.
+        called (bool): Whether mmengine calls the ``init_weights`` of the parent.
+        reached (bool): Whether a module above initialises more than it passes on to its children.
+    """
+    if getattr(module, 'is_init', False):
+        return
+    called = called and hasattr(module, 'init_weights')
+    if called and (type(module).init_weights is not BaseModule.init_weights or module.init_cfg):
+        reached = True
+    for child in module.children():
+        if not isinstance(child, DYNAMIC_TYPES):
+            yield from _uninitialised(child, called, reached)
+        elif reached:
+            yield child
 
 
 def keep_initialisation(model: Any) -> None:
@@ -60,8 +84,9 @@ def _noting_loads(layers: list[Any]) -> Iterator[set[nn.Module]]:
 
 
 @contextmanager
-def _skipped_by_mmengine(layers: list[Any]) -> Iterator[None]:
+def _skipped_by_mmengine(model: nn.Module) -> Iterator[None]:
     """Let mmengine's walk over the children not call the layers' own ``init_weights``."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, DYNAMIC_TYPES)]
     for layer in layers:
         layer.is_init = True
     try:
