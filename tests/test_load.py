@@ -67,15 +67,12 @@ def test_2000_iterations_hold_on_to_nothing():
     assert files_at_end <= files
 
 
-@pytest.mark.parametrize('strategy', ['auto', 'benchmark'])
-def test_1000_images_of_mixed_sizes_are_remembered_within_bounds(strategy):
+def test_1000_images_of_mixed_sizes_are_remembered_within_bounds():
     torch.manual_seed(0)
     model = nn.Sequential(
-        ODConv2d(3, 8, 3, stride=2, padding=1, strategy=strategy),
-        ODConv2d(8, 8, 3, padding=1, strategy=strategy),
+        ODConv2d(3, 8, 3, stride=2, padding=1), ODConv2d(8, 8, 3, padding=1)
     ).eval()
     dispatch.pick.cache_clear()
-    before = len(dispatch.measurements)
     memory = {}
     with torch.no_grad():
         for image in range(1000):
@@ -84,11 +81,8 @@ def test_1000_images_of_mixed_sizes_are_remembered_within_bounds(strategy):
             if image in (100, 999):
                 memory[image] = resident_bytes()
     remembered = dispatch.pick.cache_info()
-    measured = len(dispatch.measurements) - before
-    print(f'{remembered}, {measured} measured, {memory}')
+    print(f'{remembered}, {memory}')
     assert remembered.currsize <= remembered.maxsize
-    # A measurement for each bucket of sizes, of which 8 to 200 pixels have 5 x 5, and each layer.
-    assert measured <= 2 * 5 * 5
 
 
 def test_8_threads_on_one_model_get_the_boxes_of_one(detector):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:The BatchNorm in an ODConv')
 
 
 @st.composite
-def layers(draw, strategies=(*STRATEGIES, 'auto', 'benchmark')):
+def layers(draw, strategies=(*STRATEGIES, 'auto')):
     """A layer with random weights in a random mode, and an input for it."""
     ndim = draw(st.integers(1, 3))
 

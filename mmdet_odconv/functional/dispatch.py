@@ -4,14 +4,12 @@ The measurements behind the table of priorities are in docs/performance.md.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
 
 from .arguments import ArgumentError
 from .cpu_grouped_conv import CpuGroupedConv
@@ -90,10 +88,8 @@ def check_strategy(strategy: str, kernel_num: int) -> None:
     Raises:
         ArgumentError: A ValueError. The message names the strategy and what is possible.
     """
-    if strategy not in (*STRATEGIES, 'auto', 'benchmark'):
-        raise ArgumentError(
-            f"strategy must be 'auto', 'benchmark' or one of {STRATEGIES}, got {strategy!r}"
-        )
+    if strategy not in (*STRATEGIES, 'auto'):
+        raise ArgumentError(f"strategy must be 'auto' or one of {STRATEGIES}, got {strategy!r}")
     if strategy == CpuIm2colSingleKernel.name:
         # On whatever device the layer will be used.
         problem = Problem('cpu', False, kernel_num, False, 1, 1)
@@ -169,88 +165,3 @@ def _require_support(implementation: type[Implementation], problem: Problem) -> 
     reason = implementation.unsupported_reason(problem)
     if reason is not None:
         raise ArgumentError(f'strategy {implementation.name!r} cannot be used: {reason}')
-
-
-class Measurements:
-    """The fastest implementations as measured, for ``strategy='benchmark'``.
-
-    Sizes are put into buckets that grow by factors of two, so that images of many sizes need few
-    measurements, and the answers that were used least recently are forgotten.
-
-    Args:
-        most (int): How many answers to remember. Default: 512.
-    """
-
-    def __init__(self, most: int = 512) -> None:
-        self.most = most
-        self._fastest: OrderedDict[tuple[object, ...], type[Implementation]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._fastest)
-
-    def fastest(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        x_shape: torch.Size,
-        bank_shape: torch.Size,
-        element_size: int,
-        geometry: Geometry,
-        training: bool,
-        run: Callable[[type[Implementation]], object],
-    ) -> type[Implementation]:
-        """The supported implementation whose ``run`` takes the least time.
-
-        One that runs out of memory is passed over.
-
-        Args:
-            device, dtype: Those of the input.
-            x_shape, bank_shape, element_size, geometry, training: As in :func:`pick`.
-            run (Callable): Does the work by an implementation.
-
-        Raises:
-            RuntimeError: All of them run out of memory.
-        """
-        buckets = tuple(size.bit_length() for size in (x_shape[0], *x_shape[2:]))
-        key = (device, dtype, x_shape[1], buckets, bank_shape, element_size, geometry, training)
-        if key in self._fastest:
-            self._fastest.move_to_end(key)
-            return self._fastest[key]
-        problem = _problem(device.type, x_shape, bank_shape, element_size, geometry, training)
-        seconds: dict[type[Implementation], float] = {}
-        failure: RuntimeError | None = None
-        for implementation in IMPLEMENTATIONS.values():
-            if implementation.unsupported_reason(problem) is None:
-                try:
-                    seconds[implementation] = _seconds(run, implementation)
-                except RuntimeError as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    failure = error
-        if not seconds:
-            assert failure is not None
-            raise failure
-        self._fastest[key] = min(seconds, key=lambda implementation: seconds[implementation])
-        while len(self._fastest) > self.most:
-            self._fastest.popitem(last=False)
-        return self._fastest[key]
-
-
-def _seconds(
-    run: Callable[[type[Implementation]], object], implementation: type[Implementation]
-) -> float:
-    timer = Timer(
-        'run(implementation)',
-        globals={'run': run, 'implementation': implementation},
-        num_threads=torch.get_num_threads(),
-    )
-    # Not `median`, which is computed with tensors: under a mode for fake ones it has no value.
-    return timer.timeit(5).raw_times[0]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # On a CPU PyTorch has no class of its own for it.
-    return isinstance(error, torch.cuda.OutOfMemoryError) or 'not enough memory' in str(error)
-
-
-measurements = Measurements()

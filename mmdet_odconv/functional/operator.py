@@ -21,7 +21,7 @@ from ..compat import (
     without_autocast,
 )
 from .attention import Attentions, cast
-from .dispatch import check_strategy, measurements, pick, record
+from .dispatch import check_strategy, pick, record
 from .formula import odconv_formula
 from .implementation import Geometry, Gradients, Implementation, Needed, resolve_geometry
 
@@ -53,8 +53,7 @@ def odconv(
         bias (Tensor, optional): Static bias, shape (C_out,). Default: None.
         stride, padding, dilation, groups: As in ``torch.nn.functional.conv2d``.
         strategy (str): The implementation to use; the result is the same with all of them. 'auto'
-            follows the priorities in :mod:`~mmdet_odconv.functional.dispatch`. 'benchmark' measures
-            the implementations at the first call of each shape and keeps the fastest. A name in
+            follows the priorities in :mod:`~mmdet_odconv.functional.dispatch`. A name in
             ``STRATEGIES`` selects that implementation. Default: 'auto'.
 
     Returns:
@@ -94,7 +93,7 @@ def _call(
 ) -> Tensor:
     bank = bank.contiguous()
     training = _needs_gradients(x, bank, *attentions, bias)
-    implementation = _choose(strategy, x, bank, attentions, geometry, training)
+    implementation = _choose(strategy, x, bank, geometry, training)
     if implementation is None:
         return odconv_formula(x, bank, attentions, bias, geometry)
     if training:
@@ -201,27 +200,11 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
 
 
 def _choose(
-    strategy: str,
-    x: Tensor,
-    bank: Tensor,
-    attentions: Attentions,
-    geometry: Geometry,
-    training: bool,
+    strategy: str, x: Tensor, bank: Tensor, geometry: Geometry, training: bool
 ) -> type[Implementation] | None:
     """The implementation for a call, None for the formula, also entered into the records."""
-    device, shapes = x.device, (x.shape, bank.shape, bank.element_size(), geometry, training)
-    implementation = pick('auto' if strategy == 'benchmark' else strategy, device.type, *shapes)
-    if strategy == 'benchmark' and implementation is not None:
-
-        def run(implementation: type[Implementation]) -> None:
-            # Without autograd: no hook on saved tensors (activation checkpointing) sees it.
-            with torch.no_grad():
-                y = _forward(x, bank, attentions, None, geometry, implementation)
-                if training:
-                    needed = [t is not None and t.requires_grad for t in (x, bank, *attentions)]
-                    _backward(y, x, bank, attentions, geometry, implementation, needed)
-
-        implementation = measurements.fastest(device, x.dtype, *shapes, run)
+    shapes = x.shape, bank.shape, bank.element_size()
+    implementation = pick(strategy, x.device.type, *shapes, geometry, training)
     name = 'reference' if implementation is None else implementation.name
     record(x.shape, bank.shape, training, name)
     return implementation
@@ -360,7 +343,7 @@ if COMPILED_OPERATOR:
         attentions = Attentions(channel, filter_, spatial, kernel)
         geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
         bank = bank.contiguous()
-        implementation = _choose(strategy, x, bank, attentions, geometry, training)
+        implementation = _choose(strategy, x, bank, geometry, training)
         if implementation is None:  # no sample, or no output position: this words the error
             return odconv_formula(x, bank, attentions, bias, geometry)
         return _forward(x, bank, attentions, bias, geometry, implementation)
@@ -385,7 +368,7 @@ if COMPILED_OPERATOR:
         attentions = Attentions(channel, filter_, spatial, kernel)
         geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
         bank = bank.contiguous()
-        implementation = _choose(strategy, x, bank, attentions, geometry, training=True)
+        implementation = _choose(strategy, x, bank, geometry, training=True)
         if implementation is None:  # no sample
             inputs = (x, bank, *attentions)
             return [

@@ -69,9 +69,9 @@ class _ODConvNd(nn.Module):
         spread (float): How far apart the kernels of the bank are after static weights are loaded:
             the standard deviation of the noise that is added to each of them, relative to the size
             of the static kernel. It does not change what the layer computes. Default: 1.0.
-        strategy (str): Which implementation computes the convolution: 'auto', 'benchmark' or a
-            name (:func:`~mmdet_odconv.functional.odconv`). The result is the same with all of
-            them. Default: 'auto'.
+        strategy (str): Which implementation computes the convolution: 'auto' or a name
+            (:func:`~mmdet_odconv.functional.odconv`). The result is the same with all of them.
+            Default: 'auto'.
 
     Shape:
         Input (B, C_in, *size) or (C_in, *size), output (B, C_out, *size') or (C_out, *size'),

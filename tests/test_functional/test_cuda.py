@@ -36,7 +36,7 @@ def moved(inputs, dtype):
     return x.to(CUDA, dtype), bank.to(CUDA, dtype), attentions
 
 
-@pytest.mark.parametrize('name', ['reference', 'grouped_conv', 'auto', 'benchmark'])
+@pytest.mark.parametrize('name', ['reference', 'grouped_conv', 'auto'])
 @pytest.mark.parametrize('option', OPTIONS)
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 @pytest.mark.parametrize('kernel_num', [1, 3])

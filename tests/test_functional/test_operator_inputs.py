@@ -212,7 +212,7 @@ class TestTransforms:
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('name', [*STRATEGIES, 'auto', 'benchmark'])
+@pytest.mark.parametrize('name', [*STRATEGIES, 'auto'])
 class TestStateLeftBehind:
     """No call leaves anything that another one can see."""
 

@@ -240,7 +240,7 @@ class TestFiles:
         assert other[0].attention.temperature == 9.0
 
 
-@pytest.mark.parametrize('strategy', [*STRATEGIES, 'auto', 'benchmark'])
+@pytest.mark.parametrize('strategy', [*STRATEGIES, 'auto'])
 @pytest.mark.parametrize('reentrant', [True, False])
 def test_activation_checkpointing(strategy, reentrant):
     model = layer(strategy=strategy, kernel_num=1).double()
