@@ -9,7 +9,7 @@ from mmengine.analysis import FlopAnalyzer, parameter_count
 from torch import Tensor, nn
 
 from .analysis import evaluation_mode
-from .layers import ODConvAttention
+from .layers import ODAttention
 from .layers.odconv import _ODConvNd
 
 # Norms can be folded into convolutions, and the others are a few operations for each output.
@@ -81,7 +81,7 @@ def count_complexity(model: nn.Module, *inputs: Tensor, **others: Any) -> dict[s
     parameters = parameter_count(model)
     mixtures, attentions = {}, {}
     for name, module in model.named_modules():
-        if isinstance(module, ODConvAttention):
+        if isinstance(module, ODAttention):
             attentions[name] = total[name]
         elif isinstance(module, _ODConvNd):
             mixtures[name] = by_operator[name]['matmul']

@@ -9,7 +9,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
 from mmdet_odconv import ODConv2d, ODConvOptimWrapperConstructor
-from mmdet_odconv.layers import ODConvAttention
+from mmdet_odconv.layers import ODAttention
 
 RATE, DECAY = 0.01, 0.1
 
@@ -58,7 +58,7 @@ def test_attentions_are_found_by_their_class():
     attentions = {
         f'{name}.{p}'
         for name, module in model.named_modules()
-        if isinstance(module, ODConvAttention)
+        if isinstance(module, ODAttention)
         for p, _ in module.named_parameters()
     }
     found = rates(model, attention_lr_mult=0.1, attention_decay_mult=0.5)

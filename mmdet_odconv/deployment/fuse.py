@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import DYNAMIC_TYPES, ODConvAttention
+from ..layers import DYNAMIC_TYPES, ODAttention
 from .execution import directly_following
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d)
@@ -50,7 +50,7 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
             _replace(parent, norm_name)
     for module in model.modules():
         if (
-            isinstance(module, ODConvAttention)
+            isinstance(module, ODAttention)
             and module.fc is not None
             and _is_constant(module.bn, module.fc.weight.shape[0])
         ):

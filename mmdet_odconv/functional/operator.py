@@ -308,10 +308,12 @@ def _differentiable_backward(
     grad: Tensor, inputs: Sequence[Any], geometry: Geometry, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients as functions of the inputs, by the formula."""
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
-    x, bank, *rest = inputs
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Aliases: the attentions may themselves be functions of x, whose graph is the caller's.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
+        x, bank, *rest = inputs
         y = odconv_formula(x, bank, Attentions(*rest), None, geometry)
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
     return [

@@ -1,6 +1,6 @@
 """ODConv as layers: modules that own the parameters and call the functions of ``functional``."""
 
-from .attention import ODConvAttention, set_temperature
+from .attention import ODAttention, set_temperature
 from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
 from .running_norm import RunningNorm
@@ -16,7 +16,7 @@ __all__ = [
     'ODConv1d',
     'ODConv2d',
     'ODConv3d',
-    'ODConvAttention',
+    'ODAttention',
     'RunningNorm',
     'set_temperature',
     'use_valid_pooling',

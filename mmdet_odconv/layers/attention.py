@@ -6,7 +6,7 @@ Paper: Omni-Dimensional Dynamic Convolution, section 3.2
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..functional.attention import cast
 from .running_norm import RunningNorm
 
 
-class ODConvAttention(nn.Module):
+class ODAttention(nn.Module):
     """Computes the channel, filter, spatial and kernel attention of each sample of a feature map.
 
     h = ReLU(norm(W_fc · GAP(x))) with A = max(int(C_in · reduction), min_attention_channels)
@@ -64,10 +64,10 @@ class ODConvAttention(nn.Module):
     """
 
     temperature: Tensor
-    channel_fc: 'PointwiseConv | None'
-    filter_fc: 'PointwiseConv | None'
-    spatial_fc: 'PointwiseConv | None'
-    kernel_fc: 'PointwiseConv | None'
+    channel_fc: 'Pointwise | None'
+    filter_fc: 'Pointwise | None'
+    spatial_fc: 'Pointwise | None'
+    kernel_fc: 'Pointwise | None'
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class ODConvAttention(nn.Module):
         width = in_channels
         if reduction is not None:
             width = max(int(in_channels * reduction), min_attention_channels)
-        pointwise = partial(PointwiseConv, ndim=len(kernel_size), device=device, dtype=dtype)
+        pointwise = partial(Pointwise, ndim=len(kernel_size), device=device, dtype=dtype)
         zero = attention_init == 'zero'
         sigmoid_head = partial(pointwise, width, constant=attention_bias if zero else None)
         # The softmax takes no notice of a constant that its K logits share.
@@ -136,7 +136,9 @@ class ODConvAttention(nn.Module):
         self.fc = pointwise(in_channels, width, bias=False) if squeeze else None
         self.bn = nn.Identity()
         if squeeze and norm_cfg is not None:
-            self.bn = build_norm_layer(norm_cfg, width)[1].to(device=device, dtype=dtype)
+            # Not `.to`, which cannot move a layer under FakeTensorMode.
+            place = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
+            self.bn = build_norm_layer({**norm_cfg, **place}, width)[1]
         for name in Attentions._fields:
             head = softmax_head if name == 'kernel' else sigmoid_head
             self.add_module(f'{name}_fc', head(sizes[name]) if name in sizes else None)
@@ -223,7 +225,7 @@ class ODConvAttention(nn.Module):
             )
         return Attentions(_ones(x) if channel is None else channel, filter_, spatial, kernel)
 
-    def _heads(self) -> list['PointwiseConv']:
+    def _heads(self) -> list['Pointwise']:
         heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
         return [head for head in heads if head is not None]
 
@@ -244,6 +246,14 @@ class ODConvAttention(nn.Module):
                 return F.batch_norm(h, mean, var, norm.weight, norm.bias, eps=norm.eps)
         return norm(h.view(*h.shape, 1, 1)).flatten(1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        had_no_memory = self.temperature.is_meta
+        super()._apply(fn, *args, **kwargs)
+        # What `to_empty` gives holds anything, and static weights have nothing for the attention.
+        if had_no_memory and not self.temperature.is_meta:
+            self.reset_parameters()
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Published and plain weights have no temperature, and need none.
         t = self.temperature
@@ -253,12 +263,12 @@ class ODConvAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class PointwiseConv(nn.Module):
+class Pointwise(nn.Module):
     """A 1×1 convolution on pooled features, which is a matrix product.
 
     Its weight has the shape of a convolution's, (out_channels, in_channels, 1, ...), as in the
-    published state dicts. It is not an ``nn.Conv2d``, because a model's ``init_cfg`` for all
-    Conv2d layers must not undo ODConv's own initialisation.
+    published state dicts. It is not an ``nn.Conv2d``, and has neither "Conv" nor "Linear" in its
+    name, because initialisers that go by types or names must not undo ODConv's own initialisation.
 
     Args:
         in_channels (int): Input channels.
@@ -326,7 +336,7 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
     Raises:
         ValueError: The temperature is not positive.
     """
-    layers = [m for m in model.modules() if isinstance(m, ODConvAttention)]
+    layers = [m for m in model.modules() if isinstance(m, ODAttention)]
     for layer in layers:
         layer.set_temperature(temperature)
     return len(layers)

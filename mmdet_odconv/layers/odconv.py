@@ -24,7 +24,7 @@ from ..functional import (
 )
 from ..functional.arguments import ArgumentError, check_integer, check_number, check_sizes
 from ..functional.implementation import resolve_geometry
-from .attention import ODConvAttention
+from .attention import ODAttention
 from .valid_pooling import ValidSizes
 
 
@@ -32,7 +32,7 @@ class _ODConvNd(nn.Module):
     """Omni-dimensional dynamic convolution.
 
     y = f ⊙ conv(c ⊙ x, Σ_j k_j · (s ⊙ W_j)) + bias, where the channel, filter, spatial and kernel
-    attentions c, f, s and k are computed from x (:class:`ODConvAttention`) and W is a bank of K
+    attentions c, f, s and k are computed from x (:class:`ODAttention`) and W is a bank of K
     kernels.
 
     The defaults are made for training from scratch. With ``attention_init='zero'`` the attentions
@@ -60,7 +60,7 @@ class _ODConvNd(nn.Module):
         norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, RunningNorm, LN or GN,
             or None. Default: ``dict(type='BN')``.
         attention_init (str): 'zero' or 'published'
-            (:meth:`ODConvAttention.reset_parameters`). Default: 'zero'.
+            (:meth:`ODAttention.reset_parameters`). Default: 'zero'.
         attention_bias (float): Bias of the sigmoid heads at the 'zero' init. Default: 2.2.
         attentions (Sequence[str]): Which of the attentions 'channel', 'filter', 'spatial' and
             'kernel' the layer has; K > 1 needs 'kernel'. Default: all four.
@@ -133,7 +133,7 @@ class _ODConvNd(nn.Module):
         self._check_arguments()
 
         # Before the bank, whose size it checks.
-        attention = ODConvAttention(
+        attention = ODAttention(
             in_channels,
             out_channels,
             self.kernel_size,
@@ -265,7 +265,7 @@ class _ODConvNd(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        shape = self.weight.shape
+        shape, had_no_memory = self.weight.shape, self.weight.is_meta
 
         def keeping_the_bank_contiguous(tensor: Tensor) -> Tensor:
             # `to(memory_format=...)` takes the bank, which has a dimension more than the kernel
@@ -274,7 +274,10 @@ class _ODConvNd(nn.Module):
                 return fn(tensor.flatten()).view(shape)
             return fn(tensor)
 
-        return super()._apply(keeping_the_bank_contiguous, *args, **kwargs)
+        super()._apply(keeping_the_bank_contiguous, *args, **kwargs)
+        if had_no_memory and not self.weight.is_meta:  # as in the attention
+            self._reset_bank()
+        return self
 
     def extra_repr(self) -> str:
         temperature = self.attention.temperature
@@ -300,6 +303,8 @@ class _ODConvNd(nn.Module):
             if self.weight.is_meta and local_metadata.get('assign_to_params_buffers'):
                 # The file has nothing for the attention, which must leave the meta device too.
                 self.attention.to_empty(device=state_dict[f'{prefix}weight'].device)
+            temperature = self.attention.temperature
+            if not temperature.is_meta and not temperature.item() > 0:  # left over by `to_empty`
                 self.attention.reset_parameters()
             # `state_dict` is the loader's own copy, and it goes on to the children: what is put
             # in here is neither missing nor left over there.

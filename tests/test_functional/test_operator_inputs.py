@@ -212,6 +212,29 @@ class TestTransforms:
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize('name', [*FAST, 'auto'])
+def test_derivatives_where_the_attentions_are_functions_of_the_input(name):
+    x, bank, _ = problem(kernel_num=1)
+
+    def function(x, strategy=name):
+        attentions = Attentions(x.mean((2, 3)).sigmoid(), None, None, None)
+        return odconv(x, bank, attentions, strategy=strategy)
+
+    def second(strategy):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, strategy).square().sum()
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(second(name), second('reference'), rtol=1e-10, atol=1e-10)
+    small = x[:1, :, :3, :3]
+    jacobians = [
+        torch.autograd.functional.jacobian(function, small, vectorize=vectorize)
+        for vectorize in (False, True)
+    ]
+    torch.testing.assert_close(*jacobians, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize('name', [*STRATEGIES, 'auto'])
 class TestStateLeftBehind:
     """No call leaves anything that another one can see."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmdet_odconv import ODConv2d, set_temperature
-from mmdet_odconv.layers import ODConvAttention
+from mmdet_odconv.layers import ODAttention
 
 
 def two_layers():
@@ -20,18 +20,18 @@ def two_layers():
     [(16, 1 / 16, 16), (512, 1 / 16, 32), (511, 1 / 16, 31), (64, 0.5, 32)],
 )
 def test_width_of_the_branch(channels, reduction, width):
-    attention = ODConvAttention(channels, 8, (3, 3), reduction=reduction)
+    attention = ODAttention(channels, 8, (3, 3), reduction=reduction)
     assert attention.fc.weight.shape == (width, channels, 1, 1)
 
 
 def test_attentions_that_are_identically_one_are_absent():
     x = torch.randn(2, 8, 4, 4)
-    full = ODConvAttention(8, 16, (3, 3))(x)
+    full = ODAttention(8, 16, (3, 3))(x)
     assert [tuple(a.shape) for a in full] == [(2, 8), (2, 16), (2, 9), (2, 4)]
-    assert ODConvAttention(8, 8, (3, 3), groups=8)(x).filter is None
-    assert ODConvAttention(8, 8, (3, 3), groups=4)(x).filter is not None
-    assert ODConvAttention(8, 16, (1, 1))(x).spatial is None
-    assert ODConvAttention(8, 16, (3, 3), kernel_num=1)(x).kernel is None
+    assert ODAttention(8, 8, (3, 3), groups=8)(x).filter is None
+    assert ODAttention(8, 8, (3, 3), groups=4)(x).filter is not None
+    assert ODAttention(8, 16, (1, 1))(x).spatial is None
+    assert ODAttention(8, 16, (3, 3), kernel_num=1)(x).kernel is None
 
 
 def test_set_temperature_reaches_every_layer():
@@ -79,13 +79,13 @@ def test_copies_and_pickles_keep_the_temperature():
 
 
 def test_sharing_memory_between_processes_moves_no_head_out_of_it():
-    attention = ODConvAttention(8, 16, (3, 3))
+    attention = ODAttention(8, 16, (3, 3))
     attention.share_memory()
     assert all(parameter.is_shared() for parameter in attention.parameters())
 
 
 def test_mixed_precision_leaves_the_branch_alone():
-    attention = ODConvAttention(8, 16, (3, 3), attention_init='published').eval()
+    attention = ODAttention(8, 16, (3, 3), attention_init='published').eval()
     x = torch.randn(2, 8, 4, 4)
     expected = attention(x)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -94,7 +94,7 @@ def test_mixed_precision_leaves_the_branch_alone():
 
 @pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='LN'), None])
 def test_norms_without_a_batch_do_not_mix_samples(norm_cfg):
-    attention = ODConvAttention(8, 8, (3, 3), norm_cfg=norm_cfg, attention_init='published')
+    attention = ODAttention(8, 8, (3, 3), norm_cfg=norm_cfg, attention_init='published')
     x = torch.randn(3, 8, 4, 4)
     together = attention.train()(x).channel
     alone = torch.cat([attention(sample[None]).channel for sample in x])

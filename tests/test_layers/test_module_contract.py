@@ -7,6 +7,7 @@ import torch
 from mmdet.models.layers import FrozenBatchNorm2d
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import fuse_conv_bn_eval, parametrizations, prune
@@ -160,6 +161,19 @@ class TestInitialisation:
         torch.testing.assert_close(model.eval()(x), plain(x), rtol=1e-4, atol=1e-5)
         assert model.temperature == STARTS[start].get('temperature', 1.0)
 
+    @pytest.mark.parametrize('device', ['meta', 'cpu'])
+    def test_static_weights_after_to_empty(self, start, device):
+        plain = nn.Conv2d(4, 6, 3, padding=1)
+        model = layer(**STARTS[start], device=device).to_empty(device='cpu')
+        if device == 'cpu':  # what new memory often holds
+            for tensor in model.state_dict().values():
+                tensor.zero_()
+        model.load_state_dict(plain.state_dict())
+        assert model.attention.fc.weight.std() > 0.05
+        x = image()
+        torch.testing.assert_close(model.eval()(x), plain(x), rtol=1e-4, atol=1e-5)
+        assert model.temperature == STARTS[start].get('temperature', 1.0)
+
     def test_weights_without_a_temperature_assigned_on_meta(self, start):
         whole = layer(**STARTS[start]).eval()
         published = whole.state_dict()
@@ -169,6 +183,33 @@ class TestInitialisation:
             model.load_state_dict(published, assign=True)
         x = image()
         torch.testing.assert_close(model(x), whole(x))
+
+
+def by_class_name(module):
+    """The customary function for ``model.apply``."""
+    name = type(module).__name__
+    if 'Conv' in name or 'Linear' in name:
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif 'BatchNorm' in name:
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def test_an_initialisation_by_class_name_finds_the_bank_and_not_the_heads():
+    model = nn.Sequential(layer(), layer(in_channels=6))
+    before = copy.deepcopy(model.state_dict())
+    model.apply(by_class_name)
+    moved = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    assert moved == {'0.weight', '1.weight', '0.attention.bn.weight', '1.attention.bn.weight'}
+
+
+@pytest.mark.parametrize('norm', [dict(type='BN'), dict(type='LN'), dict(type='GN', num_groups=2)])
+@pytest.mark.parametrize('place', [{}, dict(device='cpu', dtype=torch.float64)])
+def test_a_layer_is_built_and_run_on_fake_tensors(norm, place):
+    with FakeTensorMode():
+        y = layer(norm_cfg=norm, **place)(torch.randn(4, 4, 6, 6, dtype=place.get('dtype')))
+    assert y.shape == (4, 6, 6, 6)
 
 
 class TestMemoryFormat:
@@ -255,6 +296,23 @@ def test_activation_checkpointing(strategy, reentrant):
         y.square().sum().backward()
         results.append([y, x.grad, *[p.grad.clone() for p in model.parameters()]])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings('ignore:The BatchNorm in an ODConv')
+@pytest.mark.parametrize('padding_mode', ['zeros', 'reflect'])
+def test_a_jacobian_of_all_outputs_at_once(padding_mode):
+    model = layer(attention_init='published', padding_mode=padding_mode).double()
+    x = image(dtype=torch.float64)
+
+    def function(x):
+        return model(x).sum((2, 3))
+
+    torch.testing.assert_close(
+        *(
+            torch.autograd.functional.jacobian(function, x, vectorize=vectorize)
+            for vectorize in (False, True)
+        )
+    )
 
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.half, torch.double])
