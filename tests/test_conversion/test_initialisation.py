@@ -63,7 +63,9 @@ def moved(model, act):
     before = {name: weight.detach().clone() for name, weight in convolutions(model).items()}
     act(model)
     return {
-        name for name, weight in convolutions(model).items() if not torch.equal(weight, before[name])
+        name
+        for name, weight in convolutions(model).items()
+        if not torch.equal(weight, before[name])
     }
 
 
