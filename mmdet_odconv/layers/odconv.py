@@ -326,9 +326,12 @@ class _ODConvNd(nn.Module):
         """The bank that computes what the static ``weight`` does, in this layer's type.
 
         Each process of a distributed run loads for itself and must draw what the others do,
-        whatever the states of their generators: the name is the seed.
+        whatever the states of their generators. So the seed is the name and the bank so far, which
+        is random in each run and equal in its processes.
         """
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        has_values = type(self.weight) is nn.Parameter and not self.weight.is_meta
+        values = self.weight.detach().flatten()[:16].tolist() if has_values else None
+        generator = torch.Generator().manual_seed(zlib.crc32(f'{name} {values}'.encode()))
         wide = weight.detach().to(at_least_float32(self.weight.dtype))
         bank = bank_from_static_weight(wide, self.kernel_num, attention, self.spread, generator)
         return bank.to(self.weight.dtype)

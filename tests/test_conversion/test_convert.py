@@ -235,6 +235,20 @@ def test_frozen_stages_and_norm_eval_of_a_resnet():
     assert backbone.layer3[0].conv1.weight.grad.any()
 
 
+def test_each_layer_and_each_seed_has_noise_of_its_own():
+    plain = chain(*(nn.Conv2d(8, 8, 3) for _ in range(3)))
+    runs = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(plain)
+        torch.manual_seed(seed)
+        convert_to_odconv(model)
+        runs.append([(conv.weight - conv.weight.mean(0)).flatten() for conv in model.backbone])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    every = torch.stack([*runs[0], *runs[2]])
+    cosines = F.normalize(every) @ F.normalize(every).T
+    assert (cosines - torch.eye(6)).abs().max() < 0.1
+
+
 def test_the_attributes_of_a_conv_module_survive():
     module = ConvModule(4, 6, 3, stride=2, norm_cfg=dict(type='BN'), padding_mode='reflect')
     before = {k: v for k, v in vars(module).items() if k != '_modules'}

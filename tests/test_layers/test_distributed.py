@@ -36,8 +36,12 @@ def work(rank, init_file, out_dir):
 
 
 def train(rank):
+    static = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)).state_dict()
+    for weight in static.values():
+        weight.fill_(0.1)
     torch.manual_seed(rank)
     model = DistributedDataParallel(nn.Sequential(ODConv2d(4, 4, 3), ODConv2d(4, 4, 1)))
+    model.module.load_state_dict(static)  # each process for itself, as `load_from` does
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for samples in SAMPLES:
         optimizer.zero_grad()
