@@ -11,28 +11,30 @@ from .compat import check_versions, read_annotations_as_utf8, register_config_sc
 
 check_versions()
 
-from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt  # noqa: E402
+from .backbones import EfficientNetLite, ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt  # noqa: E402
 from .checkpoint import (  # noqa: E402
     export_official_checkpoint,
     load_official_checkpoint,
     register_safe_globals,
 )
 from .conversion import convert_to_odconv  # noqa: E402
-from .deployment import fuse_odconv_bn  # noqa: E402
+from .deployment import collapse_static_layers, fuse_odconv_bn  # noqa: E402
 from .hooks import (  # noqa: E402
     NonFiniteHook,
     ODConvAttentionHook,
+    ODConvCalibrationHook,
     ODConvTemperatureHook,
     PreemptionHook,
     SafeCheckpointHook,
 )
 from .layers import (  # noqa: E402
+    CalibratedNorm,
     CondConv2d,
     DyConv2d,
     ODConv1d,
     ODConv2d,
     ODConv3d,
-    RunningNorm,
+    calibrate,
     set_temperature,
     use_valid_pooling,
 )
@@ -44,13 +46,16 @@ register_config_scope()
 read_annotations_as_utf8()
 
 __all__ = [
+    'CalibratedNorm',
     'CondConv2d',
     'DyConv2d',
+    'EfficientNetLite',
     'NonFiniteHook',
     'ODConv1d',
     'ODConv2d',
     'ODConv3d',
     'ODConvAttentionHook',
+    'ODConvCalibrationHook',
     'ODConvOptimWrapperConstructor',
     'ODConvTemperatureHook',
     'ODMobileNetV2',
@@ -58,9 +63,10 @@ __all__ = [
     'ODResNet',
     'ODResNetV1d',
     'PreemptionHook',
-    'RunningNorm',
     'SafeCheckpointHook',
     '__version__',
+    'calibrate',
+    'collapse_static_layers',
     'convert_to_odconv',
     'export_official_checkpoint',
     'fuse_odconv_bn',

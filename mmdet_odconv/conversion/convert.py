@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..deployment import keep_fuse_methods_right
 from ..functional.arguments import ArgumentError, check_integer
-from ..layers import DYNAMIC_TYPES, ODConv1d, ODConv2d, ODConv3d, RunningNorm
+from ..layers import DYNAMIC_TYPES, CalibratedNorm, ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
@@ -206,7 +206,7 @@ def _warn_of_shared_norms(
     names = [
         convolutions[conv][0].name
         for conv, layer in layers.items()
-        if isinstance(layer.attention.bn, _BatchNorm | RunningNorm)
+        if isinstance(layer.attention.bn, _BatchNorm | CalibratedNorm)
         and any(serves_several_levels(site) for site in convolutions[conv])
     ]
     if names:

@@ -1,6 +1,7 @@
 """Hooks of MMEngine's runner."""
 
 from .attention import ODConvAttentionHook
+from .calibration import ODConvCalibrationHook
 from .checkpoint import CheckpointError, SafeCheckpointHook
 from .non_finite import NonFiniteError, NonFiniteHook
 from .preemption import PreemptionHook
@@ -11,6 +12,7 @@ __all__ = [
     'NonFiniteError',
     'NonFiniteHook',
     'ODConvAttentionHook',
+    'ODConvCalibrationHook',
     'ODConvTemperatureHook',
     'PreemptionHook',
     'SafeCheckpointHook',

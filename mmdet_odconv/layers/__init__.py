@@ -1,9 +1,9 @@
 """ODConv as layers: modules that own the parameters and call the functions of ``functional``."""
 
 from .attention import ODAttention, set_temperature
+from .calibrated_norm import CalibratedNorm, calibrate
 from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
-from .running_norm import RunningNorm
 from .valid_pooling import use_valid_pooling
 
 # All layers that have a bank of kernels.
@@ -11,13 +11,14 @@ DYNAMIC_TYPES = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d)
 
 __all__ = [
     'DYNAMIC_TYPES',
+    'CalibratedNorm',
     'CondConv2d',
     'DyConv2d',
     'ODAttention',
     'ODConv1d',
     'ODConv2d',
     'ODConv3d',
-    'RunningNorm',
+    'calibrate',
     'set_temperature',
     'use_valid_pooling',
 ]

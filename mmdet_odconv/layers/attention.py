@@ -21,7 +21,6 @@ from ..compat import is_compiling, without_autocast
 from ..functional import Attentions, at_least_float32, sigmoid_attention, softmax_attention
 from ..functional.arguments import ArgumentError, check_integer, check_number, check_positive
 from ..functional.attention import cast
-from .running_norm import RunningNorm
 
 
 class ODAttention(nn.Module):
@@ -47,7 +46,7 @@ class ODAttention(nn.Module):
             heads read the average GAP(x) itself. Default: 1/16.
         min_attention_channels (int): The least width of h. Default: 16.
         temperature (float): T, positive. Default: 1.0.
-        norm_cfg (dict, optional): Norm of h: BN, SyncBN, RunningNorm, LN or GN with their
+        norm_cfg (dict, optional): Norm of h: BN, SyncBN, CalibratedNorm, LN or GN with their
             arguments, or None for no norm. Default: ``dict(type='BN')``.
         attention_init (str): 'zero' or 'published', see :meth:`reset_parameters`.
             Default: 'zero'.
@@ -232,7 +231,7 @@ class ODAttention(nn.Module):
     def _normalise(self, h: Tensor) -> Tensor:
         """``self.bn`` on h, shape (B, A), also where a BatchNorm has too few values."""
         norm = self.bn
-        if isinstance(norm, nn.Identity | nn.LayerNorm | RunningNorm):
+        if isinstance(norm, nn.Identity | nn.LayerNorm):
             return norm(h)
         few = isinstance(norm, _BatchNorm) and norm.training and h.shape[0] < 4
         if few and h.shape[0] > 1 and not is_compiling() and not _is_synchronised(norm):
@@ -345,13 +344,13 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
 _FEW_SAMPLES = (
     "The BatchNorm in an ODConv layer's attention normalises over two or three samples in "
     'training. What it gives then hardly depends on the images: two values always become +1 and '
-    "-1. Use norm_cfg=dict(type='LN') or dict(type='RunningNorm') for the ODConv layers, or SyncBN "
+    "-1. Use norm_cfg=dict(type='LN') or dict(type='CalibratedNorm') for the ODConv layers, or SyncBN "
     'with several processes.'
 )
 _SINGLE_SAMPLE = (
     "The BatchNorm in an ODConv layer's attention was given a single sample in training. One value "
     'has no variance, so this step uses the running statistics and does not update them. If all '
-    "batches are like this, use norm_cfg=dict(type='LN') or dict(type='RunningNorm') for the "
+    "batches are like this, use norm_cfg=dict(type='LN') or dict(type='CalibratedNorm') for the "
     'ODConv layers, and note that update_bn and precise BatchNorm need batches of at least two '
     'samples.'
 )

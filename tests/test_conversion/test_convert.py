@@ -574,11 +574,11 @@ def test_a_converted_model_can_be_copied_converted_further_and_pickled():
     ('head', 'norm', 'warned'),
     [
         (RetinaHead(2, 8, feat_channels=8, stacked_convs=1), 'BN', True),
-        (RetinaHead(2, 8, feat_channels=8, stacked_convs=1), 'RunningNorm', True),
+        (RetinaHead(2, 8, feat_channels=8, stacked_convs=1), 'CalibratedNorm', True),
         (RetinaHead(2, 8, feat_channels=8, stacked_convs=1), 'LN', False),
         (YOLOXHead(2, 8, feat_channels=8, stacked_convs=1), 'BN', False),
     ],
-    ids=['shared', 'shared, RunningNorm', 'shared, LN', 'a head for each level'],
+    ids=['shared', 'shared, CalibratedNorm', 'shared, LN', 'a head for each level'],
 )
 def test_statistics_that_pyramid_levels_share_are_warned_of(head, norm, warned):
     model = Net(nn.Sequential(nn.Conv2d(8, 8, 3)), head)

@@ -34,7 +34,7 @@ def wide(channels: int) -> Options:
 
 
 LN = dict(type='LN')
-RUNNING = dict(type='RunningNorm')
+CALIBRATED = dict(type='CalibratedNorm')
 # What banks learn at that start from static weights. Plain arms take no notice of it.
 BANK_RATE = 2.0
 STATIC_WEIGHTS: Options = {
@@ -82,6 +82,11 @@ def attention_rate(options: Options, factor: float) -> Options:
     }
 
 
+def calibrated(options: Options) -> Options:
+    """With the hook that the CalibratedNorm of an arm needs."""
+    return {**options, 'custom_hooks': [dict(type='ODConvCalibrationHook')]}
+
+
 def start(run: str) -> Options:
     """From the checkpoint of a run of another task, rather than from STATIC_DETECTOR."""
     return {'load_from': f'work_dirs/study/{run}/epoch_4.pth'}
@@ -102,7 +107,7 @@ ARMS: dict[str, Options] = {
     'od_k1': dynamic(1),
     'od_k4': dynamic(4),
     'od_k4_ln': dynamic(4, norm_cfg=LN),
-    'od_k4_running': dynamic(4, norm_cfg=RUNNING),
+    'od_k4_calibrated': calibrated(dynamic(4, norm_cfg=CALIBRATED)),
     'od_k4_paper': annealed(dynamic(4, attention_init='published'), 300),
     'od_k4_attention5': attention_rate(dynamic(4), 5.0),
     'condconv_k4': dynamic(4, type='CondConv2d'),
@@ -129,11 +134,11 @@ PRETRAINED_ARMS = on(
         'od_k4_ln_spread2': bank_rate(dynamic(4, norm_cfg=LN, spread=2.0), 1.0),
         'od_k4_ln_frozen_banks': frozen_banks(dynamic(4, norm_cfg=LN)),
         'od_k4': dynamic(4),
-        'od_k4_running': dynamic(4, norm_cfg=RUNNING),
+        'od_k4_calibrated': calibrated(dynamic(4, norm_cfg=CALIBRATED)),
         'od_k4_gn': dynamic(4, norm_cfg=dict(type='GN', num_groups=4)),
         'od_k4_no_norm': dynamic(4, norm_cfg=None),
         # BANK_RATE is that of four kernels with four attentions. These have a factor of their own.
-        'od_k1_running': bank_rate(dynamic(1, norm_cfg=RUNNING), 'compensated'),
+        'od_k1_calibrated': bank_rate(calibrated(dynamic(1, norm_cfg=CALIBRATED)), 'compensated'),
         'od_kernel_ln': bank_rate(dynamic(4, attentions=('kernel',), norm_cfg=LN), 'compensated'),
         'condconv_k4': bank_rate(dynamic(4, type='CondConv2d'), 'compensated'),
         'dyconv_k4': bank_rate(dynamic(4, type='DyConv2d'), 'compensated'),
@@ -159,16 +164,15 @@ NARROW_ARMS |= {'plain_wide_madds': {**LIGHT, **wide(9)}, 'plain_wide_time': {**
 BATCH2_ARMS = at_rate(NARROW_ARMS, 0.001)
 DEEPPCB_ARMS = at_rate(NARROW_ARMS, 0.002)  # for batches of half the size
 NARROW_PRETRAINED_ARMS = on(wide(8), LIGHT_PRETRAINED_ARMS)
-# With the paper's temperature; from another plain detector, that of seed 2; with a first stage that
+# From another plain detector, that of seed 2; with a first stage that
 # is frozen, and so plain in ODConv's kind too, unlike that of od_k4_ln_frozen_banks; and from a
 # static detector with nine channels in place of eight, which was trained as long.
 FINE_TUNE_ARMS = at_rate(
     {
         **NARROW_PRETRAINED_ARMS,
-        'od_k4_running_annealed': annealed(NARROW_PRETRAINED_ARMS['od_k4_running'], 150),
         **{
             f'{arm}_start2': NARROW_PRETRAINED_ARMS[arm] | start('narrow/plain-2')
-            for arm in ('plain', 'od_k4_running')
+            for arm in ('plain', 'od_k4_calibrated')
         },
         **{
             f'{arm}_frozen': NARROW_PRETRAINED_ARMS[arm] | {'model.backbone.frozen_stages': 1}
@@ -186,7 +190,7 @@ FINE_TUNE_LIGHT_ARMS = at_rate(
         'plain_wide_madds': LIGHT_WIDE | start('light/plain_wide_madds-1'),
         **{
             f'{arm}_start0': LIGHT_PRETRAINED_ARMS[arm] | start('light/plain-0')
-            for arm in ('plain', 'od_k4_running')
+            for arm in ('plain', 'od_k4_calibrated')
         },
         'plain_wide_madds_start0': LIGHT_WIDE | start('light/plain_wide_madds-0'),
     },
@@ -223,7 +227,9 @@ MOBILE_ARMS = {
     'plain': mobile('MobileNetV2'),
     'od_k1': mobile('ODMobileNetV2', kernel_num=1),
     'od_k4': mobile('ODMobileNetV2', kernel_num=4),
-    'od_k4_running': mobile('ODMobileNetV2', kernel_num=4, odconv_cfg=dict(norm_cfg=RUNNING)),
+    'od_k4_calibrated': calibrated(
+        mobile('ODMobileNetV2', kernel_num=4, odconv_cfg=dict(norm_cfg=CALIBRATED))
+    ),
     # All channels are multiples of eight, so this is the first one with as many multiply-adds as
     # od_k4. It has 19 % more.
     'plain_wide_madds': mobile('MobileNetV2', 0.28, (8, 16, 32, 1280)),
@@ -231,7 +237,73 @@ MOBILE_ARMS = {
 FINE_TUNE_MOBILE_ARMS = at_rate(
     on(
         STATIC_WEIGHTS | start('mobile/plain-0'),
-        {arm: MOBILE_ARMS[arm] for arm in ('plain', 'od_k4_running')},
+        {arm: MOBILE_ARMS[arm] for arm in ('plain', 'od_k4_calibrated')},
     ),
     0.001,
 )
+
+
+def converted(
+    kernel_num: int, layer: str = 'ODConv2d', include: str = 'backbone', **odconv: Any
+) -> Options:
+    """A detector from static weights, its convolutions converted, with the rate for its banks."""
+    return {
+        'model.type': 'ODConvModel',
+        'model.detector': 'RetinaNet',
+        'model.odconv': dict(kernel_num=kernel_num, layer=layer, include=include, **odconv),
+        'optim_wrapper.constructor': 'ODConvOptimWrapperConstructor',
+        'optim_wrapper.paramwise_cfg': dict(bank_lr_mult='compensated'),
+    }
+
+
+def faster(options: Options, factor: float) -> Options:
+    """With attentions that learn so many times faster than the rest."""
+    rates = {**options['optim_wrapper.paramwise_cfg'], 'attention_lr_mult': factor}
+    return {**options, 'optim_wrapper.paramwise_cfg': rates}
+
+
+def larger(arch: str, channels: list[int]) -> Options:
+    """The next larger backbone with its own ImageNet weights: what one would take instead."""
+    return {
+        'model.backbone.arch': arch,
+        'model.backbone.init_cfg.checkpoint': f'checkpoints/efficientnet-{arch}.pth',
+        'model.neck.in_channels': channels,
+    }
+
+
+# Real images, and a backbone of real width with ImageNet weights. The configs are those that users
+# get; a run of the study has one process and keeps its checkpoints by its own rules.
+LITE0: Options = {
+    **{
+        f'{part}_dataloader.{name}': value
+        for part in ('train', 'val', 'test')
+        for name, value in (('num_workers', 0), ('persistent_workers', False))
+    },
+    'log_processor.window_size': 50,
+    'default_hooks.logger.interval': 50,
+    'default_hooks.checkpoint': dict(
+        _delete_=True, type='CheckpointHook', interval=1, max_keep_ckpts=2
+    ),
+}
+_LITE0_ARMS: dict[str, Options] = {
+    'plain': {},
+    'od_k4_ln': converted(4, norm_cfg=LN),
+    'od_k4_ln_attention10': faster(converted(4, norm_cfg=LN), 10.0),
+    **{
+        f'od_k{k}_calibrated_attention{factor}': faster(
+            calibrated(converted(k, norm_cfg=CALIBRATED)), factor
+        )
+        for k in (1, 4)
+        for factor in (1, 3, 10, 30)
+    },
+    # Sigmoids that start at a half, where they are steepest.
+    'od_k4_calibrated_half_attention10': faster(
+        calibrated(converted(4, norm_cfg=CALIBRATED, attention_bias=0.0)), 10
+    ),
+    'condconv_k4': converted(4, 'CondConv2d'),
+    'dyconv_k4': converted(4, 'DyConv2d'),
+    'se': converted(1, attentions=('channel',), norm_cfg=None),
+    'plain_lite1': larger('lite1', [40, 112, 320]),
+    'plain_lite2': larger('lite2', [48, 120, 352]),
+}
+LITE0_ARMS = on(LITE0, _LITE0_ARMS)

@@ -32,6 +32,7 @@ from arms import (
     FINE_TUNE_MOBILE_ARMS,
     LIGHT_ARMS,
     LIGHT_PRETRAINED_ARMS,
+    LITE0_ARMS,
     MOBILE_ARMS,
     NARROW_ARMS,
     NARROW_PRETRAINED_ARMS,
@@ -50,6 +51,8 @@ from mmdet_odconv.complexity import count_complexity
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
 TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
+    'hituav_lite0': (STUDY / 'hituav_lite0.py', LITE0_ARMS),
+    'deeppcb_lite0': (STUDY / 'deeppcb_lite0.py', LITE0_ARMS),
     'shapes': (STUDY / 'shapes.py', ARMS),
     'light': (STUDY / 'shapes.py', LIGHT_ARMS),
     'narrow': (STUDY / 'shapes.py', NARROW_ARMS),

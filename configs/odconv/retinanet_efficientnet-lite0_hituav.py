@@ -1,0 +1,11 @@
+"""RetinaNet, EfficientNet-Lite0 with ImageNet weights, on HIT-UAV: the plain twin."""
+
+_base_ = [
+    '../_base_/models/retinanet_efficientnet-lite0.py',
+    '../_base_/datasets/hituav_detection.py',
+    '../_base_/schedules/schedule_fine_tune.py',
+    '../_base_/runtime_small.py',
+]
+
+# Anchors from 16 pixels on.
+model = dict(bbox_head=dict(num_classes=3, anchor_generator=dict(octave_base_scale=2)))

@@ -1,0 +1,13 @@
+"""RetinaNet, EfficientNet-Lite0 with ODConv from ImageNet weights, K=4, on HIT-UAV."""
+
+_base_ = './retinanet_efficientnet-lite0_hituav.py'
+
+model = dict(
+    type='ODConvModel',
+    detector={{_base_.model.type}},
+    odconv=dict(kernel_num=4, norm_cfg=dict(type='LN'), include='backbone'),
+)
+optim_wrapper = dict(
+    constructor='ODConvOptimWrapperConstructor',
+    paramwise_cfg=dict(bank_lr_mult='compensated'),
+)
