@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis import AttentionMeter, evaluation_mode, unwrapped
+from ..analysis import AttentionMeter, evaluation_mode, odconv_layers, unwrapped
 from ..functional import Attentions, mix_kernel_bank
 from ..functional.arguments import check_number
 
@@ -79,6 +79,7 @@ def collapse_static_layers(
     if check_number('threshold', threshold) < 0:
         raise ValueError(f'threshold must be at least 0, got {threshold}')
     run, inputs = forward or model, list(images)
+    modes = {name: layer.training for name, layer in odconv_layers(model).items()}
     with evaluation_mode(model), torch.no_grad():
         with AttentionMeter(model) as meter:
             before = [list(_tensors(run(each))) for each in copy.deepcopy(inputs)]
@@ -88,7 +89,7 @@ def collapse_static_layers(
         means = meter.means()
         report.collapsed = [name for name, std in report.std.items() if std <= threshold]
         plain = {
-            meter.layers[name]: _at_means(meter.layers[name], means[name])
+            meter.layers[name]: _at_means(meter.layers[name], means[name]).train(modes[name])
             for name in report.collapsed
         }
         for parent in list(unwrapped(model).modules()):
@@ -131,7 +132,7 @@ def _at_means(layer: Any, means: dict[str, Tensor]) -> nn.Module:
     conv.weight.copy_(weight)
     if layer.bias is not None:
         conv.bias.copy_(layer.bias)
-    return conv.train(layer.training)
+    return conv
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:

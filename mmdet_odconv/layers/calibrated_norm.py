@@ -9,6 +9,8 @@ from mmengine.dist import all_reduce
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..functional import at_least_float32
+
 
 @MODELS.register_module()
 class CalibratedNorm(nn.LayerNorm):
@@ -106,27 +108,30 @@ class Calibration:
         if not self.norms:
             return
         # Of each norm the count, Σd and Σd² of d = h - running_mean: no digits are lost.
-        absent = [n.running_mean.new_zeros(2 * n.normalized_shape[0] + 1).float() for n in self.norms]
+        absent = [_wide(n.running_mean.new_zeros(2 * len(n.running_mean) + 1)) for n in self.norms]
         sums = torch.cat([self._sums.get(n, a) for n, a in zip(self.norms, absent, strict=True)])
         self._sums = {}
         all_reduce(sums)
         for norm, part in zip(self.norms, sums.split([len(a) for a in absent]), strict=True):
             count, shift, square = part.split([1, *norm.normalized_shape * 2])
             shift, square = shift / count.clamp(min=1), square / count.clamp(min=1)
-            seen = count > 0
-            share = (1 / (norm.num_batches_tracked + 1)).clamp(min=norm.momentum) * seen
+            share = (1 / (norm.num_batches_tracked + 1)).clamp(min=norm.momentum) * (count > 0)
             # The variance of a mixture of the old statistics and the new.
-            var = norm.running_var.lerp((square - shift**2).to(norm.running_var), share)
-            norm.running_var.copy_(var + share * (1 - share) * shift**2)
-            norm.running_mean.add_(share * shift)
-            norm.num_batches_tracked.add_(seen[0])
+            var = (1 - share) * (norm.running_var + share * shift**2) + share * (square - shift**2)
+            norm.running_var.copy_(var)
+            norm.running_mean.add_((share * shift).to(norm.running_mean))
+            norm.num_batches_tracked.add_(count[0] > 0)
 
     def _watch(self, norm: CalibratedNorm, inputs: tuple[Tensor]) -> None:
         with torch.no_grad():
-            d = (inputs[0] - norm.running_mean).float()
+            d = _wide(inputs[0]) - norm.running_mean
             count = d.new_full((1,), len(d))
             sums = torch.cat([count, d.sum(0), d.square().sum(0)])
             self._sums[norm] = sums if norm not in self._sums else self._sums[norm] + sums
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(at_least_float32(x.dtype))
 
 
 @contextmanager
