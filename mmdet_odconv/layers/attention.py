@@ -350,8 +350,8 @@ _FEW_SAMPLES = (
 _SINGLE_SAMPLE = (
     "The BatchNorm in an ODConv layer's attention was given a single sample in training. One value "
     'has no variance, so this step uses the running statistics and does not update them. If all '
-    "batches are like this, use norm_cfg=dict(type='LN') or dict(type='CalibratedNorm') for the "
-    'ODConv layers, and note that update_bn and precise BatchNorm need batches of at least two '
+    "batches are like this, use norm_cfg=dict(type='LN') or dict(type='CalibratedNorm') for "
+    'the ODConv layers, and note that update_bn and precise BatchNorm need batches of at least two '
     'samples.'
 )
 

@@ -57,8 +57,8 @@ class _ODConvNd(nn.Module):
             None for heads that read the average itself. Default: 1/16.
         min_attention_channels (int): The least width of the attention branch. Default: 16.
         temperature (float): T of the attentions, positive. Default: 1.0.
-        norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, CalibratedNorm, LN or GN,
-            or None. Default: ``dict(type='BN')``.
+        norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, CalibratedNorm, LN or
+            GN, or None. Default: ``dict(type='BN')``.
         attention_init (str): 'zero' or 'published'
             (:meth:`ODAttention.reset_parameters`). Default: 'zero'.
         attention_bias (float): Bias of the sigmoid heads at the 'zero' init. Default: 2.2.

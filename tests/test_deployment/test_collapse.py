@@ -68,9 +68,12 @@ def test_a_layer_that_moves_stays():
     )
     modes = [m.training for m in model]
     report = collapse_static_layers(model, images())
-    assert type(model[0]) is ODConv2d and type(model[1]) is nn.Conv2d
-    assert report.collapsed == ['1'] and report.std['0'] > report.threshold
-    assert '1 of 2' in str(report) and '0 varies most' in str(report)
+    assert type(model[0]) is ODConv2d
+    assert type(model[1]) is nn.Conv2d
+    assert report.collapsed == ['1']
+    assert report.std['0'] > report.threshold
+    assert '1 of 2' in str(report)
+    assert '0 varies most' in str(report)
     assert [m.training for m in model] == modes
 
 
@@ -89,7 +92,9 @@ def test_the_largest_change_is_that_of_the_outputs():
     model = nn.Sequential(ODConv2d(4, 4, 3, attention_init='published')).eval()
     inputs = images()
     before = [model(x) for x in inputs]
-    report = collapse_static_layers(model, inputs, threshold=1.0, forward=lambda x: dict(y=model(x)))
+    report = collapse_static_layers(
+        model, inputs, threshold=1.0, forward=lambda x: dict(y=model(x))
+    )
     changes = [
         ((model(x) - y).abs().max() / y.square().mean().sqrt()).item()
         for x, y in zip(inputs, before, strict=True)
@@ -102,7 +107,8 @@ def test_a_layer_at_two_places_is_replaced_at_both():
     layer = of_constant_attentions(ODConv2d(4, 4, 1, attention_init='published'))
     model = nn.Sequential(layer, nn.ReLU(), layer)
     collapse_static_layers(model, images(), threshold=0.01)
-    assert type(model[0]) is nn.Conv2d and model[0] is model[2]
+    assert type(model[0]) is nn.Conv2d
+    assert model[0] is model[2]
 
 
 def test_says_what_is_wrong():
