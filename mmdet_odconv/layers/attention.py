@@ -344,8 +344,8 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
 _FEW_SAMPLES = (
     "The BatchNorm in an ODConv layer's attention normalises over two or three samples in "
     'training. What it gives then hardly depends on the images: two values always become +1 and '
-    "-1. Use norm_cfg=dict(type='LN') or dict(type='CalibratedNorm') for the ODConv layers, or SyncBN "
-    'with several processes.'
+    "-1. Use norm_cfg=dict(type='LN') or dict(type='CalibratedNorm') for the ODConv layers, or "
+    'SyncBN with several processes.'
 )
 _SINGLE_SAMPLE = (
     "The BatchNorm in an ODConv layer's attention was given a single sample in training. One value "
