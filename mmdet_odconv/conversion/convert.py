@@ -17,7 +17,7 @@ from .initialisation import keep_initialisation
 from .report import ConversionReport
 from .rules import REPLACEABLE, blocking_reason, default_exclusion, serves_several_levels
 from .selection import Patterns, Selection
-from .site import Site, find_convolutions
+from .site import Site, find_convolutions, held_outside_the_tree
 
 # What PyTorch keeps of a module's hooks; those on its state dict belong to the static weight.
 _HOOKS = (
@@ -104,16 +104,14 @@ def convert_to_odconv(
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     included = Selection('include', include, names, modules)
     excluded = Selection('exclude', exclude, names, modules)
-    tied = _tied_weights(model)
+    elsewhere = _used_elsewhere(model, convolutions)
     frozen = _frozen_names(model, convolutions)
 
     before = _count_parameters(model)
     layers: dict[nn.Module, nn.Module] = {}
     converted, kept = [], []
     for conv, sites in convolutions.items():
-        reason = _reason_to_keep(
-            sites, included, excluded, min_channels, tied=id(getattr(conv, 'weight', None)) in tied
-        )
+        reason = _reason_to_keep(sites, included, excluded, min_channels, elsewhere.get(conv))
         if reason is None and _within_part(sites[0].name) in frozen:
             reason = 'frozen'
         if reason is None and REPLACEABLE[type(conv)] not in types:
@@ -147,13 +145,17 @@ def _require_known(odconv_args: dict[str, Any]) -> None:
 
 
 def _reason_to_keep(
-    sites: list[Site], included: Selection, excluded: Selection, min_channels: int, tied: bool
+    sites: list[Site],
+    included: Selection,
+    excluded: Selection,
+    min_channels: int,
+    elsewhere: str | None,
 ) -> str | None:
     """Why the convolution at these places stays; None if it is to be replaced."""
     if any(excluded.matches(site.name) for site in sites):
         return 'excluded'
     for site in sites:
-        reason = blocking_reason(site, tied)
+        reason = blocking_reason(site, elsewhere)
         if reason is not None:
             return reason
         exclusion = default_exclusion(site)
@@ -237,12 +239,21 @@ def _within_part(name: str) -> str:
     return name.partition('.')[2]
 
 
-def _tied_weights(model: nn.Module) -> set[int]:
-    """The identities of the parameters that more than one module has."""
+def _used_elsewhere(
+    model: nn.Module, convolutions: dict[nn.Module, list[Site]]
+) -> dict[nn.Module, str]:
+    """The convolutions that the model uses past their places, each with the reason to keep it."""
     owners = Counter(
         id(parameter) for module in model.modules() for parameter in module._parameters.values()
     )
-    return {identity for identity, number in owners.items() if number > 1 and identity != id(None)}
+    reasons = dict.fromkeys(
+        held_outside_the_tree(model, convolutions), 'also in a list, dict or function of the model'
+    )
+    for conv in convolutions:
+        weight = getattr(conv, 'weight', None)
+        if weight is not None and owners[id(weight)] > 1:
+            reasons[conv] = 'weight shared with another module'
+    return reasons
 
 
 def _count_parameters(model: nn.Module) -> int:

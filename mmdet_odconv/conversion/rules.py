@@ -42,12 +42,12 @@ _POOLED = (
 )
 
 
-def blocking_reason(site: Site, tied: bool) -> str | None:
+def blocking_reason(site: Site, elsewhere: str | None) -> str | None:
     """Why this convolution cannot be replaced; None where it can.
 
     Args:
         site (Site): The place of a convolution.
-        tied (bool): Whether its weight is the weight of another module too.
+        elsewhere (str, optional): What it or its weight is used for past its places.
     """
     conv = site.conv
     if not site.path:
@@ -62,11 +62,21 @@ def blocking_reason(site: Site, tied: bool) -> str | None:
         return 'spectral norm, weight norm or another form of its weight'
     if type(conv) not in REPLACEABLE:
         return f'{type(conv).__name__}, a subclass with behaviour of its own'
-    if tied:
-        return 'weight shared with another module'
+    if 'forward' in vars(conv):
+        return 'forward pass of its own'
+    if any(_has_hooks(parameter) for parameter in conv.parameters()):
+        return 'hook on its weight or bias'
+    if elsewhere is not None:
+        return elsewhere
     if _weight_is_read(site):
         return 'weight read by its parent'
     return None
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    return bool(
+        parameter._backward_hooks or getattr(parameter, '_post_accumulate_grad_hooks', None)
+    )
 
 
 def serves_several_levels(site: Site) -> bool:

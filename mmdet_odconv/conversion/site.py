@@ -1,5 +1,10 @@
 """Where the convolutions of a model are."""
 
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Set
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
@@ -40,6 +45,49 @@ def find_convolutions(model: nn.Module) -> dict[nn.Module, list[Site]]:
         if isinstance(module, CONV_TYPES):
             sites.setdefault(module, []).append(Site(name, module, _path(model, name)))
     return sites
+
+
+def held_outside_the_tree(
+    model: nn.Module, convolutions: Iterable[nn.Module]
+) -> Iterator[nn.Module]:
+    """The convolutions that a module of ``model`` may compute with past their places.
+
+    That is, it keeps them or their weights in a list, a dict, a partial, a function or an object.
+    """
+    places = {id(module) for module in model.modules()}
+    own = ('_modules', '_parameters')
+    values = [v for m in model.modules() for name, v in vars(m).items() if name not in own]
+    seen: dict[int, Any] = {}
+    while values:
+        value = values.pop()
+        if id(value) not in seen:
+            seen[id(value)] = value
+            if id(value) not in places:
+                values += _contents(value)
+    for conv in convolutions:
+        if any(id(item) in seen for item in (conv, *conv.parameters())):
+            yield conv
+
+
+def _contents(value: Any) -> list[Any]:
+    """What ``value`` refers to, as far as somebody may keep a module there."""
+    if isinstance(value, dict):
+        return list(dict.values(value))
+    if isinstance(value, (list, tuple, Set, deque)):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        return [value.__closure__, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, CellType):
+        return [] if value == CellType() else [value.cell_contents]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    # Of classes and Python modules, everything can be reached.
+    plain = not isinstance(value, (type, ModuleType))
+    return list(getattr(value, '__dict__', {}).values()) if plain else []
 
 
 def _path(model: nn.Module, name: str) -> tuple[nn.Module, ...]:

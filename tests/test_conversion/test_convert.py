@@ -4,6 +4,8 @@ import copy
 import pickle
 import warnings
 import weakref
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,6 +306,86 @@ def test_what_cannot_be_converted_stays_with_the_reason():
     }
     assert reason(report, 'bbox_head.cls_decomp.reduction_conv.conv') == 'weight read by its parent'
     assert reason(report, 'bbox_head.cls_decomp.layer_attention.0') == 'channel attention'
+
+
+class Calls(nn.Module):
+    """Has two convolutions, and calls the second past its place."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.kept = keep(self.second)
+
+    def forward(self, x):
+        return called(self.kept, self.first(x))
+
+
+def called(kept, x):
+    while not callable(kept):
+        kept = vars(kept)['conv'] if hasattr(kept, 'conv') else next(iter(values(kept)))
+    return kept(x)
+
+
+def values(kept):
+    return kept.values() if isinstance(kept, dict) else kept
+
+
+class Unregistered(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    'keep',
+    [
+        lambda conv: [conv],
+        lambda conv: ((conv,),),
+        lambda conv: {'a': [conv]},
+        lambda conv: SimpleNamespace(conv=conv),
+        lambda conv: [Unregistered(conv)],
+        lambda conv: conv.forward,
+        lambda conv: partial(F.conv2d, weight=conv.weight, bias=conv.bias),
+        lambda conv: partial(nn.Conv2d.forward, conv),
+        lambda conv: lambda x: conv(x),
+        lambda conv: lambda x, conv=conv: conv(x),
+    ],
+    ids=[
+        'list',
+        'tuple',
+        'dict',
+        'object',
+        'module',
+        'method',
+        'weight',
+        'partial',
+        'cell',
+        'default',
+    ],
+)
+def test_what_is_called_past_its_place_stays(keep):
+    model = Net(Calls(keep))
+    report = convert_to_odconv(model)
+    assert report.converted == ['backbone.first']
+    assert reason(report, 'backbone.second') == 'also in a list, dict or function of the model'
+    model(torch.randn(2, 4, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+def test_a_hook_on_a_weight_and_a_forward_pass_of_its_own_stay():
+    hooked, late, own, plain = (nn.Conv2d(4, 4, 1) for _ in range(4))
+    hooked.weight.register_hook(lambda grad: 2 * grad)
+    late.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    own.forward = lambda x: F.conv2d(x, own.weight.abs(), own.bias)
+    report = convert_to_odconv(chain(hooked, late, own, plain))
+    assert report.kept == [
+        ('backbone.0', 'hook on its weight or bias'),
+        ('backbone.1', 'hook on its weight or bias'),
+        ('backbone.2', 'forward pass of its own'),
+    ]
 
 
 class MergedBranches(nn.Module):
