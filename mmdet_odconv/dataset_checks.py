@@ -18,12 +18,16 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
+from PIL import Image
 
 from .cli.files import not_found
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # Reading COCO's own annotations takes mmdet half a minute, which is not to be spent twice.
 _MOST_BYTES = 50_000_000
+# The share of odd entries up to which there is only a warning, because mmdet leaves them out.
+_MANY = 0.2
+_ORIENTATION = 0x0112  # of EXIF; with more than 4, mmcv turns the image by a quarter
 
 
 def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:
@@ -36,9 +40,13 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
     Raises:
         SystemExit: A file or folder is missing (the message has the path looked for), an
             annotation file is broken or empty, ``metainfo`` is not what mmdet reads, a class is
-            none of the annotation file's, a head has another number of classes, an image file is
-            missing, or an evaluator reads the annotations of other images.
+            none of the annotation file's or stands at another place or twice, a head has another
+            number of classes, an image file is missing, an evaluator reads the annotations of
+            other images, or training and validation have each other's files. Or a good part of
+            the boxes, sizes or categories cannot be right; if it is a small part, which mmdet
+            leaves out, there is a warning.
     """
+    _require_order(config)
     for name in dataloaders:
         datasets = list(_datasets(config.get(name), name))
         for key, dataset in datasets:
@@ -101,10 +109,31 @@ def _datasets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _datasets(item, f'{key}.{i}')
 
 
+def _kind(dataset: Any) -> Any:
+    """The class of a data set, which a config has as its name, and a Python config as itself."""
+    kind = dataset.get('type')
+    return DATASETS.get(kind) if isinstance(kind, str) else kind
+
+
 def _is_coco(dataset: Any) -> bool:
     """Whether a data set is read from one file in COCO's format."""
-    kind = DATASETS.get(dataset.type) if isinstance(dataset.get('type'), str) else None
-    return kind is not None and issubclass(kind, CocoDataset) and bool(dataset.get('ann_file'))
+    kind = _kind(dataset)
+    return (
+        isinstance(kind, type) and issubclass(kind, CocoDataset) and bool(dataset.get('ann_file'))
+    )
+
+
+def _require_order(config: Config) -> None:
+    """End the program where training and validation read each other's annotations."""
+    names = [
+        [Path(d['ann_file']).name for _, d in _datasets(config.get(key), key) if d.get('ann_file')]
+        for key in DATALOADERS[:2]
+    ]
+    if all(names) and all('val' in n for n in names[0]) and all('train' in n for n in names[1]):
+        raise SystemExit(
+            f'train_dataloader reads {names[0][0]} and val_dataloader {names[1][0]}: are the two '
+            'the wrong way round?'
+        )
 
 
 def _require_files(key: str, dataset: Any) -> None:
@@ -139,7 +168,7 @@ def _classes(key: str, dataset: Any) -> list[str] | None:
                 f'{key}.metainfo has {name!r}, which MMDetection 3 does not read; write '
                 f'{name.lower()!r}'
             )
-    metainfo = {**DATASETS.get(dataset.type).METAINFO, **(own or {})}
+    metainfo = {**_kind(dataset).METAINFO, **(own or {})}
     classes = metainfo.get('thing_classes') or metainfo.get('classes')
     if isinstance(classes, str):
         if not os.path.isfile(classes):
@@ -148,6 +177,9 @@ def _classes(key: str, dataset: Any) -> list[str] | None:
                 f"class on each line; for a single class write ('{classes}',) with its comma"
             )
         classes = Path(classes).read_text(encoding='utf-8').splitlines()
+    for name in classes or ():
+        if list(classes).count(name) > 1:
+            raise SystemExit(f'{key}.metainfo.classes has {name!r} more than once')
     return None if classes is None else list(classes)
 
 
@@ -228,14 +260,25 @@ def _require_annotations(key: str, dataset: Any, classes: list[str] | None, trai
         categories = [category['name'] for category in content['categories']]
         files = [image.get('file_name') for image in content['images']]  # LVIS has none
         _require_entries(where, content)
-    except (AttributeError, KeyError, TypeError) as error:
+        _require_boxes(where, content)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise SystemExit(f"{where} is not in COCO's format: {error!r}") from error
     for name in (classes or []) if own else []:
         if name not in categories:
             origin = f'{key}.metainfo.classes has'
             if 'classes' not in dataset.metainfo:
-                origin = f'{key}.metainfo has no classes, so those of {dataset.type} hold, with'
+                kind = _kind(dataset).__name__
+                origin = f'{key}.metainfo has no classes, so those of {kind} hold, with'
             raise SystemExit(f'{origin} {name!r}, but {path} has {_counted(categories)}')
+    ordered = [name for name in categories if name in (classes or ())]
+    if len(set(ordered)) < len(ordered):
+        twice = next(name for name in ordered if ordered.count(name) > 1)
+        raise SystemExit(f'{where} has two categories {twice!r}')
+    if own and ordered != classes and _kind(dataset).load_data_list is CocoDataset.load_data_list:
+        raise SystemExit(
+            f'{key}.metainfo.classes must have the order of {path}, because MMDetection numbers '
+            f'the labels by the file: classes={tuple(ordered)}'
+        )
     prefix = dataset.get('data_prefix') or {}
     folder = _full(dataset, prefix if isinstance(prefix, str) else prefix.get('img') or '')
     paths = [os.path.join(folder, file or '') for file in files] if '://' not in folder else []
@@ -246,6 +289,7 @@ def _require_annotations(key: str, dataset: Any, classes: list[str] | None, trai
             f'images in {path} are missing: set {key}.data_prefix.img to their folder, or leave '
             'them out'
         )
+    _require_sizes(where, content['images'], paths)
 
 
 def _require_entries(where: str, content: dict[str, Any]) -> None:
@@ -253,6 +297,13 @@ def _require_entries(where: str, content: dict[str, Any]) -> None:
     needed: dict[str, tuple[str, ...]] = dict(
         images=('id', 'width', 'height'), annotations=('image_id', 'category_id', 'bbox', 'area')
     )
+    # Those of a panoptic segmentation have the objects of a whole image each.
+    objects = [
+        {'image_id': entry.get('image_id'), **part}
+        for entry in content.get('annotations') or []
+        for part in entry.get('segments_info', [entry])
+    ]
+    content['annotations'] = objects
     for name, keys in needed.items():
         for entry in content.get(name) or []:
             lacking = [key for key in keys if key not in entry]
@@ -264,11 +315,75 @@ def _require_entries(where: str, content: dict[str, Any]) -> None:
     annotations = content.get('annotations') or []
     for name, key in (('images', 'image_id'), ('categories', 'category_id')):
         ids = {entry['id'] for entry in content[name]}
-        if annotations and not any(entry[key] in ids for entry in annotations):
+        used = {entry[key] for entry in annotations}
+        if annotations and not used & ids:
             raise SystemExit(
                 f'{where} has no annotation whose {key} is that of one of its {name}: the first '
                 f'has {annotations[0][key]}, and they have {", ".join(map(str, sorted(ids)[:5]))}'
             )
+        if key == 'category_id' and used - ids:
+            wrong = [entry for entry in annotations if entry[key] not in ids]
+            too_low = {each + 1 for each in used if isinstance(each, int)} <= ids
+            _refuse(
+                f'{where} has {len(wrong)} of {len(annotations)} annotations without a category, '
+                f'as the one with category_id {wrong[0][key]}'
+                + ('; are all these ids one too low?' if too_low else ''),
+                too_low or len(wrong) > _MANY * len(annotations),
+            )
+
+
+def _require_boxes(where: str, content: dict[str, Any]) -> None:
+    """Look for boxes that are no x, y, width and height in pixels."""
+    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    entries = [e for e in content.get('annotations') or [] if e['image_id'] in sizes]
+    boxes = [(entry['bbox'], sizes[entry['image_id']]) for entry in entries]
+    outside = [(b, s) for b, s in boxes if b[0] + b[2] > s[0] + 1 or b[1] + b[3] > s[1] + 1]
+    if boxes and all(max(box) <= 1 for box, _ in boxes):
+        _refuse(
+            f'{where} has its {len(boxes)} boxes as fractions of the images, such as '
+            f'{boxes[0][0]}, where pixels are due',
+            True,
+        )
+    if outside:
+        box, (width, height) = outside[0]
+        as_corners = all(b[2] > b[0] and b[3] > b[1] for b, _ in boxes)
+        _refuse(
+            f'{where} has {len(outside)} of {len(boxes)} boxes that end outside of their images, '
+            f'such as {box} in one of {width}x{height} pixels'
+            + ('; are they x1, y1, x2, y2, where x, y, width, height are due?' * as_corners),
+            as_corners or len(outside) > _MANY * len(boxes),
+        )
+
+
+def _require_sizes(where: str, images: list[dict[str, Any]], paths: list[str]) -> None:
+    """Compare the sizes of some images with those in their files."""
+    step = max(len(images) // 50, 1)
+    seen, wrong = 0, []
+    for image, path in [*zip(images, paths, strict=False)][::step]:
+        try:
+            with Image.open(path) as file:
+                size = file.size[:: -1 if file.getexif().get(_ORIENTATION, 1) > 4 else 1]
+        except OSError:  # others complain of what is no image
+            continue
+        seen += 1
+        if size != (image['width'], image['height']):
+            wrong.append((path, size, (image['width'], image['height'])))
+    if wrong:
+        path, size, given = wrong[0]
+        swapped = all(size == given[::-1] for _, size, given in wrong)
+        _refuse(
+            f'{where} has other sizes than {len(wrong)} of {seen} images looked at: {path} has '
+            f'{size[0]}x{size[1]} pixels, and the file says {given[0]}x{given[1]}'
+            + ('; are width and height swapped?' if swapped else ''),
+            len(wrong) > _MANY * seen,
+        )
+
+
+def _refuse(complaint: str, end: bool) -> None:
+    """End the program, or only warn."""
+    if end:
+        raise SystemExit(complaint)
+    print_log(f'{complaint}.', logger='current', level=logging.WARNING)
 
 
 def _class_numbers(model: Any, key: str) -> Iterator[tuple[str, int]]:

@@ -1,8 +1,11 @@
+import copy
 import json
 import re
 
 import pytest
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
+from PIL import Image
 
 from mmdet_odconv.dataset_checks import require_datasets
 
@@ -81,7 +84,158 @@ def test_classes_that_mmdet_would_leave_out_are_named(tmp_path, classes, number,
 
 
 def test_classes_that_fit_are_accepted(tmp_path):
-    require_datasets(config_with_classes(tmp_path, ('dog', 'cat'), 2))
+    require_datasets(config_with_classes(tmp_path, ('cat', 'dog'), 2))
+
+
+def test_a_python_config_is_looked_into_as_well(tmp_path):
+    config = config_with_classes(tmp_path, ('cat', 'dgo'), 2)
+    config.train_dataloader.dataset.type = CocoDataset
+    with pytest.raises(SystemExit, match=r"has 'dgo', but \S+train\.json has 2 classes"):
+        require_datasets(config)
+    config.train_dataloader.dataset.metainfo.classes = ('cat', 'dog')
+    config.model.roi_head.bbox_head[0].num_classes = 3
+    with pytest.raises(SystemExit, match='num_classes is 3'):
+        require_datasets(config)
+
+
+@pytest.mark.parametrize(
+    ('classes', 'message'),
+    [
+        (('dog', 'cat'), r"must have the order of \S+train.json, .*: classes=\('cat', 'dog'\)$"),
+        (('cat', 'cat'), "has 'cat' more than once"),
+    ],
+)
+def test_classes_in_another_order_or_twice_are_named(tmp_path, classes, message):
+    with pytest.raises(SystemExit, match=message):
+        require_datasets(config_with_classes(tmp_path, classes, 2))
+
+
+def test_a_category_that_the_file_has_twice_is_named(tmp_path):
+    config = config_with_classes(tmp_path, ('cat',), 1)
+    path = tmp_path / 'train.json'
+    path.write_text(path.read_text().replace('dog', 'cat'))
+    with pytest.raises(SystemExit, match="has two categories 'cat'"):
+        require_datasets(config)
+
+
+def test_a_part_of_the_classes_is_accepted(tmp_path):
+    require_datasets(config_with_classes(tmp_path, ('dog',), 1))
+
+
+def test_training_on_what_is_called_validation_is_named(tmp_path):
+    config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
+    config.val_dataloader = copy.deepcopy(config.train_dataloader)
+    (tmp_path / 'train.json').rename(tmp_path / 'instances_val.json')
+    config.train_dataloader.dataset.ann_file = 'instances_val.json'
+    with pytest.raises(
+        SystemExit, match=r'reads instances_val\.json and val_dataloader train\.json'
+    ):
+        require_datasets(config)
+
+
+def with_boxes(folder, boxes, size=(64, 48), categories=(1,)):
+    """A config whose file has an image of 64 x 48 pixels for each of these boxes."""
+    config = config_with_classes(folder, ('cat', 'dog'), 2)
+    content = coco_content()
+    content['images'], content['annotations'] = [], []
+    for i, box in enumerate(boxes, 1):
+        width, height = size
+        content['images'].append(dict(id=i, file_name=f'{i}.jpg', width=width, height=height))
+        category = categories[i % len(categories)]
+        content['annotations'].append(
+            dict(id=i, image_id=i, category_id=category, bbox=box, area=64)
+        )
+        Image.new('RGB', (64, 48)).save(folder / f'images/{i}.jpg')
+    (folder / 'train.json').write_text(json.dumps(content))
+    return config
+
+
+BOXES = [[40, 30, 20, 10], [0, 0, 64, 48], [1, 2, 3, 4], [30, 20, 10, 10]] * 3
+
+
+@pytest.mark.parametrize(
+    ('change', 'options', 'message'),
+    [
+        (
+            lambda x, y, w, h: [x, y, x + w, y + h],
+            {},
+            r'has 6 of 12 boxes that end outside .*\[40, 30, 60, 40\] .*64x48 .*are they x1, y1,',
+        ),
+        (
+            lambda x, y, w, h: [2 * x, 2 * y, 2 * w, 2 * h],
+            {},
+            'has 9 of 12 boxes that end outside of their images',
+        ),
+        (
+            lambda x, y, w, h: [x / 64, y / 48, w / 64, h / 48],
+            {},
+            'has its 12 boxes as fractions of the images, such as',
+        ),
+        (
+            lambda *box: [v / 2 for v in box],
+            dict(size=(48, 64)),
+            r'than 12 of 12 images looked at: \S+1.jpg has 64x48 .* 48x64; are width and height',
+        ),
+        (
+            lambda *box: list(box),
+            dict(categories=(0, 1, 1, 1, 1, 1)),
+            'has 2 of 12 annotations without a category, .*category_id 0; are all .* one too low',
+        ),
+        (
+            lambda *box: list(box),
+            dict(categories=(7, 2, 2)),
+            'has 4 of 12 annotations without a category, as the one with category_id 7$',
+        ),
+    ],
+)
+def test_boxes_sizes_and_categories_that_cannot_be_right_are_counted(
+    tmp_path, change, options, message
+):
+    config = with_boxes(tmp_path, [change(*box) for box in BOXES], **options)
+    with pytest.raises(SystemExit, match=message):
+        require_datasets(config)
+
+
+def test_a_few_odd_boxes_are_warned_of(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'mmdet_odconv.dataset_checks.print_log', lambda message, **_: said.append(message)
+    )
+    require_datasets(with_boxes(tmp_path, BOXES))
+    assert said == []
+    (tmp_path / 'other').mkdir()
+    require_datasets(with_boxes(tmp_path / 'other', [*BOXES, [60, 0, 9, 9]]))
+    (message,) = said
+    assert 'has 1 of 13 boxes that end outside' in message
+
+
+def test_images_that_their_exif_turns_have_the_size_that_mmcv_reads(tmp_path):
+    config = with_boxes(tmp_path, [[0, 0, 9, 9]], size=(48, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (64, 48)).save(tmp_path / 'images/1.jpg', exif=exif)
+    require_datasets(config)
+
+
+def test_a_panoptic_file_has_its_objects_in_segments(tmp_path):
+    config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
+    content = coco_content()
+    content['annotations'] = [
+        dict(
+            image_id=1,
+            file_name='1.png',
+            segments_info=[dict(id=3, category_id=1, bbox=[0, 0, 8, 8], area=64, iscrowd=0)],
+        )
+    ]
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    dataset = config.train_dataloader.dataset
+    dataset.type = 'CocoPanopticDataset'
+    dataset.metainfo = dict(classes=('cat', 'dog'), thing_classes=('cat', 'dog'), stuff_classes=())
+    require_datasets(config)
+    content['annotations'][0]['segments_info'][0].pop('bbox')
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r'one of its annotations \(id 3\) has no bbox'):
+        require_datasets(config)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +261,7 @@ def test_metainfo_that_mmdet_would_not_read_is_named(tmp_path, metainfo, message
 
 
 def test_the_classes_may_be_the_lines_of_a_file(tmp_path):
-    (tmp_path / 'classes.txt').write_text('dog\ncat\n')
+    (tmp_path / 'classes.txt').write_text('cat\ndog\n')
     require_datasets(config_with_classes(tmp_path, str(tmp_path / 'classes.txt'), 2))
 
 

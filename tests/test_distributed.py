@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
+from torch import nn
 
 from mmdet_odconv.checkpoint import Checkpoint
 from mmdet_odconv.cli import require_same_start
+from mmdet_odconv.hooks import NonFiniteError, NonFiniteHook
 from mmdet_odconv.layers.odconv import _ODConvNd
 from tests.conftest import ROOT, tell_the_first_iteration
 from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
@@ -243,6 +246,53 @@ class SignalOne(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter == 4 and runner.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Synchronised(nn.Module):
+    """Waits for the other processes as a SyncBN does, which PyTorch has for GPUs only."""
+
+    def forward(self, x):
+        mean = x.mean()
+        dist.all_reduce(mean)
+        return x - mean * 0 if mean.isfinite() else x
+
+
+def train_with_a_bad_image(rank, world_size, action, steps):
+    """Steps of which the second, if there is one, has a bad image in the last process."""
+    model = fcos()
+    model.backbone.add_module('bn1', nn.Sequential(model.backbone.bn1, Synchronised()))
+    trained = MMDistributedDataParallel(model, find_unused_parameters=False)
+    wrapper, hook = trained_by(model), NonFiniteHook(action=action)
+    fake = SimpleNamespace(model=trained, optim_wrapper=wrapper, iter=0)
+    hook.before_train(fake)
+    for step in steps:
+        data = {key: value[rank::world_size] for key, value in images().items()}
+        data['inputs'] = [image.float() + step for image in data['inputs']]
+        if step == 1 and rank == 1:
+            data['inputs'][0][0, 0, 0] = float('nan')
+        hook.before_train_iter(fake, step, data)
+        trained.train_step(data, wrapper)
+    return model.state_dict()
+
+
+def train_with_and_without_a_bad_image(rank, world_size):
+    """Trainings that skip it and that do not have it, and what one that stops says."""
+    with pytest.raises(NonFiniteError) as error:
+        train_with_a_bad_image(rank, world_size, 'stop', [1])
+    skipped, without = (
+        train_with_a_bad_image(rank, world_size, 'skip', steps) for steps in ([0, 1, 2], [0, 2])
+    )
+    return str(error.value), skipped, without
+
+
+def test_a_bad_image_of_one_process_stops_or_is_skipped_in_all(tmp_path):
+    """The others wait for each other in the forward pass, FCOS's losses and this norm too."""
+    results = in_processes(2, train_with_and_without_a_bad_image, tmp_path)
+    assert 'is not finite in another process' in results[0][0]
+    assert 'the images themselves are not finite' in results[1][0]
+    for _, skipped, without in results:
+        assert_equal_bit_for_bit(skipped, without)
+        assert_equal_bit_for_bit(skipped, results[0][1])
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):

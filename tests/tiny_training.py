@@ -84,7 +84,10 @@ def runner(work_dir, epochs=4, resume=False, hooks=(), checkpoint=None, **option
         work_dir=str(work_dir),
         train_dataloader=dict(loader, sampler=sampler),
         train_cfg=loop,
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=0.01, momentum=0.9),
+            accumulative_counts=options.get('accumulative_counts', 1),
+        ),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=15),
         val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg=dict(),

@@ -9,13 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, barrier, get_rank, is_main_process
+from mmengine.dist import (
+    all_gather_object,
+    all_reduce_dict,
+    barrier,
+    get_rank,
+    is_main_process,
+)
 from mmengine.evaluator import Evaluator
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import Tensor
 
+from ..analysis import unwrapped
 from ..compat import batches_passed_over, pass_over
 from ..functional.arguments import ArgumentError, check_integer
 
@@ -85,9 +94,11 @@ class SafeCheckpointHook(CheckpointHook):
     - A checkpoint, the best one and ``last_checkpoint`` appear under their names only when they
       are complete and on the disk. What they replace is removed after that. So a kill or a full
       disk leaves the previous files as they were, whenever it happens.
-    - A checkpoint also has the states of the random generators of all processes and the place in
-      the epoch. A resumed run goes on with the same random numbers and the same images as one
-      that was never interrupted. For this, validation leaves the generators as it found them.
+    - A checkpoint also has the states of the random generators of all processes, the place in
+      the epoch, and with ``accumulative_counts`` the gradients that wait for a step (of several
+      processes, their mean). A resumed run goes on with the same random numbers and the same
+      images as one that was never interrupted. For this, validation leaves the generators as it
+      found them.
     - :meth:`save_now` saves ``preempted.pth`` in the middle of an epoch. The next regular
       checkpoint removes it.
 
@@ -135,6 +146,8 @@ class SafeCheckpointHook(CheckpointHook):
         loaded, loop = self._loaded, runner.train_loop
         if loaded is None:
             return
+        if runner.iter > 0:
+            _set_gradients(runner, loaded.get('gradients', {}))
         if runner.iter == 0:  # its weights are the start of another run
             self._loaded = None
         elif isinstance(loop, IterBasedTrainLoop):  # which itself passes over what it has done
@@ -246,7 +259,9 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save(self, runner: Runner, name: str, meta: dict[str, Any]) -> str:
         loop = runner.train_loop
-        self._position = dict(generators=all_gather_object(_generators()))
+        self._position = dict(
+            generators=all_gather_object(_generators()), gradients=_pending_gradients(runner)
+        )
         if isinstance(loop, EpochBasedTrainLoop):
             whole = loop.dataloader if self._whole_loader is None else self._whole_loader
             self._position |= dict(
@@ -360,6 +375,29 @@ class _GoingOn:
         while self.done:
             next(self)
         return self
+
+
+def _pending_gradients(runner: Runner) -> dict[str, Tensor]:
+    """The gradients of a model, by name, that wait for a step of the optimizer."""
+    wrapper: Any = runner.optim_wrapper
+    # A dict of wrappers, as generative models have, does not tell.
+    if not isinstance(wrapper, OptimWrapper) or wrapper.should_update():
+        return {}
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in unwrapped(runner.model).named_parameters()
+        if parameter.requires_grad
+    }
+    all_reduce_dict(gradients, 'mean')
+    return gradients
+
+
+def _set_gradients(runner: Runner, gradients: dict[str, Tensor]) -> None:
+    for name, parameter in unwrapped(runner.model).named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter)
+    if gradients:
+        runner.logger.info('The gradients that waited for a step are those of the checkpoint.')
 
 
 def _generators() -> dict[str, Any]:

@@ -34,7 +34,9 @@ class NonFiniteHook(Hook):
 
     Args:
         action (str): 'stop', or 'skip' to leave such iterations out. A skipped iteration changes
-            neither the weights nor the running statistics of the norms. Default: 'stop'.
+            neither the weights nor the running statistics of the norms. With
+            ``accumulative_counts``, the other iterations before the same step count; in several
+            processes, all are left out where the last of them is. Default: 'stop'.
         max_skips (int): How many iterations in a row may be left out; one more stops the training.
             Default: 10.
 
@@ -90,9 +92,21 @@ class NonFiniteHook(Hook):
             raise NonFiniteError(f'{message}; all checkpoints are as they were')
         self._skipped += 1
         print_log(f'{message}; skipped', logger='current', level=logging.WARNING)
+        self._count(runner.optim_wrapper)
         with torch.no_grad():
             for buffer, before in zip(runner.model.buffers(), self._buffers, strict=True):
                 buffer.copy_(before)
+
+    def _count(self, wrapper: Any) -> None:
+        """Count an iteration without a backward pass, in which gradients may wait for a step."""
+        wrapper._inner_count += 1  # as its `backward` does
+        groups = wrapper.optimizer.param_groups
+        pending = any(p.grad is not None for group in groups for p in group['params'])
+        if wrapper.should_update() and pending:
+            # Of several processes, only a backward pass would have brought the gradients together.
+            if get_world_size() == 1:
+                wrapper.step()
+            wrapper.zero_grad()
 
     def _is_finite_everywhere(self, loss: Tensor) -> bool:
         finite = loss.detach().isfinite().all().float()
@@ -104,13 +118,13 @@ class NonFiniteHook(Hook):
     def _cause(self, runner: Runner) -> str:
         """Repeat the forward pass and look at every module's output."""
         model: Any = unwrapped(runner.model)
+        # All processes go through the whole of it, because they may wait for each other within it.
         with _first_non_finite(model) as found, runner.optim_wrapper.optim_context(runner.model):
             data = model.data_preprocessor(self._batch, True)
-            inputs = data.get('inputs') if isinstance(data, dict) else None
-            if inputs is not None and not _is_finite(inputs):
-                return 'the images themselves are not finite'
             kwargs = data if isinstance(data, dict) else {}
             losses = model(**kwargs, mode='loss') if kwargs else model(*data, mode='loss')
+        if not _is_finite(kwargs.get('inputs')):
+            return 'the images themselves are not finite'
         if found:
             return f'the first layer with an output that is not finite is {found[0]}'
         names = [name for name, value in losses.items() if not _is_finite(value)]

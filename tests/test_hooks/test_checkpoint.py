@@ -82,6 +82,19 @@ def test_a_resumed_run_ends_with_the_same_bits(undisturbed, tmp_path, epochs):
     )
 
 
+def test_gradients_that_wait_for_a_step_are_saved(tmp_path):
+    """An epoch has five iterations, and each fourth one makes a step."""
+    options = dict(epochs=3, accumulative_counts=4)
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert InChild(train, whole, **options).wait() == 0
+    assert InChild(train, parts, **options, hooks=[KillAt(7)]).wait() == -signal.SIGKILL
+    assert InChild(train, parts, **options, resume=True).wait() == 0
+    states = [weights_of(folder / 'epoch_3.pth') for folder in (parts, whole)]
+    assert_equal_bit_for_bit(*states)
+    saved = torch.load(parts / 'epoch_3.pth')['position']
+    assert not saved['gradients']  # the last iteration makes a step in any case
+
+
 def test_a_run_by_iterations_that_is_resumed_ends_with_the_same_bits(tmp_path):
     options = dict(max_iters=12, checkpoint=dict(interval=4))
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'

@@ -113,6 +113,30 @@ def test_skipping_leaves_nothing_of_the_iteration(tmp_path):
     assert not torch.equal(states[4]['first.weight'], states[3]['first.weight'])
 
 
+@pytest.mark.parametrize('skipped', [[5], [8], [9], [8, 9]])
+def test_a_skipped_iteration_counts_where_gradients_accumulate(tmp_path, skipped):
+    """Of ten iterations, the steps are those after the fourth, the eighth and the last."""
+    steps, waiting = [], {}
+
+    class Record(Hook):
+        priority = 'VERY_LOW'
+
+        def before_train(self, runner):
+            step = runner.optim_wrapper.optimizer.step
+            runner.optim_wrapper.optimizer.step = lambda: (steps.append(runner.iter), step())
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            grad = runner.model.first.weight.grad
+            waiting[runner.iter] = grad is not None
+
+    hooks = [Spoil('image', skipped), Record(), dict(type='NonFiniteHook', action='skip')]
+    tiny = runner(tmp_path, epochs=2, hooks=hooks, model=SpoiltModel(), accumulative_counts=4)
+    tiny.train()
+    assert steps == ([3, 7] if skipped == [8, 9] else [3, 7, 9])
+    assert not any(waiting[i] for i in (3, 7, 9))
+    assert tiny.optim_wrapper.inner_count == 10
+
+
 def test_too_many_skips_in_a_row_stop(tmp_path):
     train(tmp_path / 'few', 'image', [1, 2, 4, 5], action='skip', max_skips=2)
     with pytest.raises(NonFiniteError, match='iteration 4 is nan'):

@@ -82,6 +82,16 @@ def test_sigterm_saves_and_the_resumed_run_has_the_same_bits(
     assert not (tmp_path / 'preempted.pth').exists()
 
 
+def test_gradients_that_wait_for_a_step_are_saved(tmp_path):
+    options = dict(epochs=2, accumulative_counts=4)
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    assert InChild(train, whole, **options).wait() == 0
+    assert InChild(train, parts, **options, signal_at=('before_train_iter', 5)).wait() == 99
+    assert InChild(train, parts, **options, resume=True).wait() == 0
+    states = [weights_of(folder / 'epoch_2.pth') for folder in (parts, whole)]
+    assert_equal_bit_for_bit(*states)
+
+
 def test_two_signals_in_one_epoch(undisturbed, tmp_path):
     for iteration in (6, 8):
         child = InChild(train, tmp_path, resume=True, signal_at=('before_train_iter', iteration))
