@@ -177,10 +177,13 @@ def _classes(key: str, dataset: Any) -> list[str] | None:
                 f"class on each line; for a single class write ('{classes}',) with its comma"
             )
         classes = Path(classes).read_text(encoding='utf-8').splitlines()
-    for name in classes or ():
-        if list(classes).count(name) > 1:
-            raise SystemExit(f'{key}.metainfo.classes has {name!r} more than once')
-    return None if classes is None else list(classes)
+    if classes is None:
+        return None
+    names = list(classes)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SystemExit(f'{key}.metainfo.classes has {twice!r} more than once')
+    return names
 
 
 def _require_heads(key: str, classes: list[str], model: Any) -> None:
