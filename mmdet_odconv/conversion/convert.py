@@ -35,7 +35,6 @@ _HOOKS = (
 def convert_to_odconv(
     model: nn.Module,
     kernel_num: int = 4,
-    reduction: float | None = None,
     include: Patterns = 'backbone',
     exclude: Patterns = (),
     min_channels: int = 1,
@@ -70,8 +69,6 @@ def convert_to_odconv(
     Args:
         model (nn.Module): A detector or any other model.
         kernel_num (int): K, kernels in each bank. Default: 4.
-        reduction (float, optional): Width of the attention branches relative to their input.
-            Default: that of the layer, which is 1/16 for ODConv.
         include (str | Sequence[str]): Regular expressions. A convolution is replaced if one of
             them is found in its dotted name. Default: 'backbone'.
         exclude (str | Sequence[str]): Regular expressions. A convolution stays plain if one of them
@@ -80,8 +77,9 @@ def convert_to_odconv(
             Default: 1.
         layer (str): Type of the new layers: 'ODConv', or 'CondConv2d' or 'DyConv2d', which
             replace 2-D convolutions only. Default: 'ODConv'.
-        **odconv_args: Further arguments of :class:`~mmdet_odconv.ODConv2d`, for example
-            ``norm_cfg=dict(type='LN')``.
+        **odconv_args: Further arguments of the layer, with its own meanings and defaults, for
+            example ``reduction=1 / 4`` or ``norm_cfg=dict(type='LN')``
+            (:class:`~mmdet_odconv.ODConv2d`).
 
     Returns:
         ConversionReport: What was converted, and what was kept and why.
@@ -97,8 +95,6 @@ def convert_to_odconv(
     except ArgumentError as error:
         raise ConversionError(str(error)) from error
     types = _layer_types(layer)
-    if reduction is not None:
-        odconv_args['reduction'] = reduction
     convolutions = find_convolutions(model)
     names = [site.name for sites in convolutions.values() for site in sites]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]

@@ -108,6 +108,13 @@ def test_the_arguments_of_odconv_arrive():
     assert isinstance(layer.attention.bn, nn.LayerNorm)
 
 
+def test_no_reduction_means_no_squeeze_as_in_the_layer():
+    model = chain(nn.Conv2d(32, 6, 3))
+    convert_to_odconv(model, reduction=None)
+    assert model.backbone[0].attention.fc is None
+    assert model.backbone[0].attention.channel_fc.weight.shape[:2] == (32, 32)
+
+
 @pytest.mark.parametrize(
     ('argument', 'message'),
     [
