@@ -18,8 +18,8 @@ class ODConvBackbone:
     Args:
         *args, **kwargs: The arguments of mmdet's backbone.
         kernel_num (int): K, kernels in each bank. Default: 4.
-        reduction (float, optional): Width of the attention branches relative to their input.
-            Default: that of the layer, which is 1/16 for ODConv.
+        reduction (float, optional): Width of the attention branches relative to their input, None
+            for branches without a squeeze. Default: that of the layer, which is 1/16 for ODConv.
         temperature (float): T of the attentions. Default: 1.0.
         odconv_cfg (dict, optional): Further arguments of every layer, for example
             ``dict(norm_cfg=dict(type='LN'))``. A ``type`` in it replaces
@@ -35,7 +35,6 @@ class ODConvBackbone:
         self,
         *args: Any,
         kernel_num: int = 4,
-        reduction: float | None = None,
         temperature: float = 1.0,
         odconv_cfg: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -46,8 +45,8 @@ class ODConvBackbone:
             'temperature': temperature,
             **(odconv_cfg or {}),
         }
-        if reduction is not None:
-            self._odconv_args['reduction'] = reduction
+        if 'reduction' in kwargs:
+            self._odconv_args['reduction'] = kwargs.pop('reduction')
         kind = self._odconv_args.pop('type', 'ODConv2d')
         layer = MODELS.get(kind) if isinstance(kind, str) else kind
         if not (isinstance(layer, type) and issubclass(layer, _ODConvNd) and layer.ndim == 2):

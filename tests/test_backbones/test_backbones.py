@@ -49,6 +49,12 @@ def count(model, head_inputs):
     return (backbone + head_inputs * 1000 + 1000) / 1e6
 
 
+@pytest.mark.parametrize('args', [dict(reduction=None), dict(odconv_cfg=dict(reduction=None))])
+def test_no_reduction_means_no_squeeze_as_in_the_layer(args):
+    model = ODMobileNetV2(widen_factor=0.25, **args)
+    assert all(m.attention.fc is None for m in model.modules() if isinstance(m, ODConv2d))
+
+
 @pytest.mark.parametrize(
     ('depth', 'kernel_num', 'expected'),
     [(18, 1, 11.94), (18, 4, 44.90), (50, 1, 28.64), (50, 4, 90.67), (101, 2, 90.44)],
