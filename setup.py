@@ -63,7 +63,7 @@ setup(
     python_requires='>=3.10',
     install_requires=requirements('runtime'),
     extras_require={
-        'deploy': requirements('deploy'),
+        'deploy': [*requirements('onnx'), *requirements('deploy')],
         'mim': requirements('mminstall'),
         'pretrain': requirements('pretrain'),
         'tests': requirements('tests'),

@@ -116,7 +116,7 @@ def require_packages(*names: str) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise SystemExit(
-            f'not installed: {", ".join(missing)}; pip install -r requirements/deploy.txt'
+            f'not installed: {", ".join(missing)}; pip install -r requirements/onnx.txt'
         )
 
 

@@ -1,14 +1,20 @@
 """Detectors as they are used, not trained."""
 
 from .collapse import CollapseReport, collapse_static_layers
-from .dense_network import export_dense_network
+from .detections import Detections
 from .fuse import fuse_odconv_bn, keep_fuse_methods_right
-from .onnx_network import largest_difference, use_onnx_network
+from .onnx_export import export_dense_network, export_detector
+from .onnx_network import disagreement, largest_difference, use_onnx_network
+from .preprocessing import describe_preprocessing
 
 __all__ = [
     'CollapseReport',
+    'Detections',
     'collapse_static_layers',
+    'describe_preprocessing',
+    'disagreement',
     'export_dense_network',
+    'export_detector',
     'fuse_odconv_bn',
     'keep_fuse_methods_right',
     'largest_difference',

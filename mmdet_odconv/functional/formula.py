@@ -9,6 +9,10 @@ Paper: Omni-Dimensional Dynamic Convolution, equation 3
 (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
+import itertools
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Attentions
@@ -61,12 +65,48 @@ def convolve_each_sample(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tens
         # The sum over no samples is a zero kernel of the right shape, which keeps every
         # parameter in the graph. DDP needs that, and no convolution has zero groups.
         return conv(x, kernels.sum(0), None, stride, padding, dilation, groups)
+    if isinstance(batch, torch.SymInt):
+        # In a graph for any number of samples no convolution has as many groups.
+        return multiply_patches(x, kernels, geometry)
     # Sample b becomes group b of one grouped convolution.
     batch_as_groups = x.reshape(1, -1, *x.shape[2:])
     y = conv(
         batch_as_groups, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups
     )
     return y.reshape(batch, -1, *y.shape[2:])
+
+
+def multiply_patches(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """The convolution of each sample with its own kernel, as products with its patches.
+
+    It takes no convolution, and as many times the memory of ``x`` as a kernel has positions.
+
+    Args:
+        x (Tensor): Shape (B, C_in, *size).
+        kernels (Tensor): Shape (B, C_out, C_in / groups, *kernel_size).
+        geometry (Geometry): Geometry of the convolution.
+    """
+    batch, (c_out, reads, *kernel_size) = x.shape[0], kernels.shape[1:]
+    size = geometry.output_size(x.shape[2:], kernel_size)
+    x = F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)])
+    steps = list(zip(geometry.dilation, size, geometry.stride, strict=True))
+    shifted = []
+    for position in itertools.product(*map(range, kernel_size)):
+        window = x
+        for i, (start, (dilation, length, stride)) in enumerate(zip(position, steps, strict=True)):
+            first = start * dilation
+            last = first + (length - 1) * stride
+            window = torch.ops.aten.slice(window, 2 + i, first, last + 1, stride)
+        shifted.append(window)
+    patches = torch.stack(shifted, 2).flatten(3)  # (B, C_in, kernel positions, positions)
+    groups = geometry.groups
+    if reads == 1:
+        scaled = patches.repeat_interleave(c_out // groups, 1) * kernels.flatten(2).unsqueeze(3)
+        y = scaled.sum(2)
+    else:
+        patches = patches.reshape(batch, groups, reads * patches.shape[2], -1)
+        y = kernels.reshape(batch, groups, c_out // groups, -1) @ patches
+    return y.reshape(batch, c_out, *size)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

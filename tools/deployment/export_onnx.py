@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Write the dense network of a single-stage detector (backbone, neck, head) to an ONNX file.
+"""Write a detector to an ONNX file that gives boxes, scores and labels of preprocessed images.
 
-The file takes one preprocessed image of any height and width that the detector takes. It is
-compared with PyTorch in ONNX Runtime before the tool ends, at two sizes or on given images.
+The file is compared with PyTorch in ONNX Runtime before the tool ends, on random images or on given
+ones. tools/deployment/onnx_demo.py runs it without PyTorch.
 """
 
 import argparse
@@ -15,9 +15,19 @@ from mmdet.utils import get_test_pipeline_cfg
 from torch import Tensor, nn
 
 from mmdet_odconv import cli
-from mmdet_odconv.deployment import export_dense_network, largest_difference
+from mmdet_odconv.deployment import (
+    disagreement,
+    export_dense_network,
+    export_detector,
+    largest_difference,
+)
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the outputs of a head
+SHARE = 0.01  # of the detections, whose order can turn where two scores are nearly equal
+
+
+def batch(text: str) -> int | None:
+    return None if text == 'free' else cli.positive(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,12 +38,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', required=True, help='ONNX file to write')
     parser.add_argument(
+        '--raw',
+        action='store_true',
+        help='write the outputs of the head, without decoding and NMS (single-stage detectors)',
+    )
+    parser.add_argument(
+        '--batch',
+        type=batch,
+        default=1,
+        metavar='N|free',
+        help='how many images the file takes at once, or free for any number (default: 1)',
+    )
+    parser.add_argument(
         '--shape',
         type=cli.positive,
         nargs=2,
         metavar=('H', 'W'),
         default=(256, 320),
         help='size of the example; the file takes others too (default: 256 320)',
+    )
+    parser.add_argument(
+        '--fixed-shape',
+        action='store_true',
+        help='write a file that takes images of --shape only',
     )
     parser.add_argument('--images', help='image or folder of images to compare on')
     parser.add_argument(
@@ -44,7 +71,10 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_force(parser)
     cli.add_config_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.raw and (args.batch != 1 or args.fixed_shape):
+        parser.error('--raw writes files for one image of any size: leave out --batch and others')
+    return args
 
 
 def preprocessed(detector: nn.Module, paths: list[Path]) -> list[Tensor]:
@@ -58,6 +88,37 @@ def preprocessed(detector: nn.Module, paths: list[Path]) -> list[Tensor]:
     return batches
 
 
+def example_images(args: argparse.Namespace) -> list[Tensor]:
+    """Random images of the sizes and of a number that the file is to take."""
+    height, width = args.shape
+    number = args.batch or 3
+    sizes = [(height, width), *([] if args.fixed_shape else [(height + 64, width + 32)])]
+    return [torch.randn(number, 3, *size) for size in sizes]
+
+
+def compare(args: argparse.Namespace, detector: nn.Module, path: str, images: list[Tensor]) -> str:
+    """Say how far the file is from PyTorch.
+
+    Raises:
+        ValueError: It is too far.
+    """
+    if args.raw:
+        difference = largest_difference(detector, path, images)
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f'ONNX Runtime and PyTorch differ by {difference:.1e} of the largest output, more '
+                f'than {TOLERANCE:.0e}, so {args.out} is not written'
+            )
+        return f'it differs from PyTorch by {difference:.1e} at most'
+    alone, number = disagreement(detector, path, images)
+    if alone > SHARE * number:
+        raise ValueError(
+            f'{alone} of {number} detections of ONNX Runtime and PyTorch are not those of the '
+            f'other, so {args.out} is not written'
+        )
+    return f'{number - alone} of {number} detections in it and in PyTorch are the same'
+
+
 def main() -> None:
     args = parse_args()
     cli.require_packages('onnx', 'onnxruntime', 'onnxscript')
@@ -68,27 +129,21 @@ def main() -> None:
 
     # Under another name until it has passed, so that a bad file is never taken for a good one.
     unproved = f'{args.out}.unproved'
+    shape = tuple(args.shape)
     try:
-        export_dense_network(detector, unproved, tuple(args.shape))
-        if paths:
-            images = preprocessed(detector, paths)
+        if args.raw:
+            export_dense_network(detector, unproved, shape)
         else:
-            height, width = args.shape
-            sizes = ((height, width), (height + 64, width + 32))
-            images = [torch.randn(1, 3, *size) for size in sizes]
-        difference = largest_difference(detector, unproved, images)
-        if not difference <= TOLERANCE:
-            raise ValueError(
-                f'ONNX Runtime and PyTorch differ by {difference:.1e} of the largest output, more '
-                f'than {TOLERANCE:.0e}, so {args.out} is not written'
-            )
+            export_detector(detector, unproved, shape, args.batch, not args.fixed_shape)
+        images = preprocessed(detector, paths) if paths else example_images(args)
+        result = compare(args, detector, unproved, images)
         os.replace(unproved, args.out)
     except (RuntimeError, ValueError) as error:  # PyTorch's own, say of a shape that is too small
         raise SystemExit(str(error)) from error
     finally:
         Path(unproved).unlink(missing_ok=True)
-    what = f'{len(images)} images' if paths else 'random images of two sizes'
-    print(f'wrote {args.out}; it differs from PyTorch by {difference:.1e} at most on {what}')
+    what = f'{len(images)} images' if paths else 'random images'
+    print(f'wrote {args.out}; {result}, on {what}')
 
 
 if __name__ == '__main__':
