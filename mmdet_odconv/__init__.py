@@ -7,7 +7,7 @@ Paper: Li, Zhou, Yao: Omni-Dimensional Dynamic Convolution, ICLR 2022
 (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
-from .compat import check_versions, read_annotations_as_utf8, register_config_scope
+from .compat import check_versions, register_config_scope
 
 check_versions()
 
@@ -43,7 +43,6 @@ from .version import __version__  # noqa: E402
 
 register_safe_globals()
 register_config_scope()
-read_annotations_as_utf8()
 
 __all__ = [
     'CalibratedNorm',

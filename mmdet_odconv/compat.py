@@ -9,6 +9,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import _weights_only_unpickler
@@ -119,17 +120,6 @@ def register_config_scope() -> None:
     MODULE2PACKAGE.setdefault('mmdet_odconv', 'mmdet_odconv.version')
 
 
-def read_annotations_as_utf8() -> None:
-    """Let pycocotools read annotation files as UTF-8, as JSON is, whatever the locale.
-
-    It names no encoding. Under another one it fails at the first class name that is not ASCII,
-    or reads a name that no class has.
-    """
-    from pycocotools import coco
-
-    coco.open = partial(open, encoding='utf-8')
-
-
 def pass_over(batches: Any, number: int) -> None:
     """Let a loop by iterations of the onedl line go on after so many batches, without reading them.
 
@@ -145,16 +135,23 @@ def batches_passed_over(loop: Any) -> int:
     return 0 if getattr(loop, 'fast_forward_on_resume', False) else loop.iter
 
 
-def keep_safe_mode() -> None:
-    """Let MMEngine read checkpoints in ``torch.load``'s safe mode or not at all.
+@contextmanager
+def files_read_as_tools_do() -> Iterator[None]:
+    """Let MMEngine and pycocotools read files in the ``with`` block as the tools do.
 
-    The one of the onedl line reads a file that the safe mode refuses once more without it, and so
-    runs the code in it.
+    pycocotools names no encoding. Under another one than JSON's UTF-8 it fails at the first class
+    name that is not ASCII, or reads a name that no class has. And the MMEngine of the onedl line
+    reads a checkpoint that the safe mode refuses once more without it, and so runs the code in it.
     """
     from mmengine.runner import checkpoint
+    from pycocotools import coco
 
-    if hasattr(checkpoint, '_safe_torch_load'):
-        checkpoint._safe_torch_load = load_weights
+    with mock.patch.object(coco, 'open', partial(open, encoding='utf-8'), create=True):
+        if not hasattr(checkpoint, '_safe_torch_load'):
+            yield
+            return
+        with mock.patch.object(checkpoint, '_safe_torch_load', load_weights):
+            yield
 
 
 def add_safe_globals(allowed: Sequence[Any]) -> None:
@@ -191,20 +188,6 @@ def load_weights(file: Any, map_location: Any = None, **_: Any) -> Any:
     if _SAFE_MODE_TAKES_NAMES:
         return _torch_load(file, map_location=map_location, weights_only=True)
     return _torch_load(file, map_location=map_location, pickle_module=_WeightsPickle)
-
-
-@contextmanager
-def only_weights() -> Iterator[None]:
-    """Make ``torch.load`` :func:`load_weights` in the ``with`` block, whoever calls it.
-
-    MMEngine and ``torch.hub`` read downloaded files without the safe mode, also from torch 2.6 on.
-    """
-    before = torch.load
-    torch.load = load_weights  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.load = before
 
 
 class _WeightsPickle:

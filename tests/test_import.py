@@ -63,3 +63,23 @@ def test_mmcv_without_its_operators_is_named(monkeypatch):
 
 def test_versions_agree():
     assert importlib.metadata.version('mmdet_odconv') == mmdet_odconv.__version__
+
+
+def test_importing_and_reading_rebinds_nothing_of_other_packages():
+    """What the tools need of them, they do around their own calls."""
+    code = (
+        'import torch\n'
+        'from mmengine.runner import checkpoint\n'
+        'from pycocotools import coco\n'
+        'def state():\n'
+        '    return [dict(load=torch.load), *(dict(vars(m)) for m in (torch.hub, checkpoint, coco))]\n'
+        'before = state()\n'
+        'import mmdet_odconv.cli\n'
+        'from mmengine.config import Config\n'
+        'with mmdet_odconv.cli.mistakes_in_one_sentence(Config()):\n'
+        '    assert coco.open.keywords == dict(encoding="utf-8")\n'
+        'for old, new in zip(before, state()):\n'
+        '    changed = [name for name in old if old[name] is not new.get(name)]\n'
+        '    assert not changed and "open" not in new, changed\n'
+    )
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)

@@ -1,17 +1,28 @@
 """Reading checkpoints of a training: any file, also a broken one or a stranger's."""
 
+import io
+import json
 import logging
 import os
 import pickle
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
+import mmengine
+import torch
+from mmengine import fileio
 from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import (
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+)
 from torch import Tensor, nn
 
-from ..compat import load_weights, only_weights
+from ..compat import load_weights
 
 
 class CheckpointFileError(ValueError):
@@ -48,11 +59,7 @@ def read_checkpoint(path: str) -> Checkpoint:
             plain values in it, or is not a checkpoint.
     """
     try:
-        if '://' in path:
-            with only_weights():
-                content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-        else:
-            content = load_weights(Path(path).expanduser(), map_location='cpu')
+        content = load_weights(_local(path), map_location='cpu')
     except Exception as error:  # bytes that are no checkpoint can raise anything
         raise CheckpointFileError(
             f'{path} cannot be read as a checkpoint: {_reason(error)}'
@@ -60,6 +67,37 @@ def read_checkpoint(path: str) -> Checkpoint:
     if not isinstance(content, dict):
         raise CheckpointFileError(f'{path} has no state dict, but a {type(content).__name__}')
     return Checkpoint(path, content)
+
+
+def _local(path: str) -> Path | io.BytesIO:
+    """The file of a checkpoint; one from the web is where MMEngine, too, will look for it."""
+    if '://' not in path:
+        return Path(path).expanduser()
+    if path.startswith(('torchvision://', 'modelzoo://')):
+        import_module('torchvision')  # without which MMEngine does not know their addresses
+    address = web_address(path)
+    if address is None:
+        return io.BytesIO(fileio.get(path))
+    file = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(address).path).name)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(file))
+    return file
+
+
+def web_address(path: str) -> str | None:
+    """Where on the web the checkpoint is that MMEngine means by ``path``; None if nowhere."""
+    scheme, _, name = path.partition('://')
+    name = get_deprecated_model_names().get(name, name)
+    if scheme in ('http', 'https'):
+        return path
+    if scheme in ('torchvision', 'modelzoo'):
+        addresses = Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json'
+        known = json.loads(addresses.read_text(encoding='utf-8'))
+        return known.get(name.lower())
+    if scheme in ('open-mmlab', 'openmmlab'):
+        return get_external_models().get(name)
+    return get_mmcls_models().get(name) if scheme == 'mmcls' else None
 
 
 def _reason(error: Exception) -> str:

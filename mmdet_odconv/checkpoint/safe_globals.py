@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mmengine.logging import HistoryBuffer
 
-from ..compat import add_safe_globals, keep_safe_mode
+from ..compat import add_safe_globals
 
 _STATISTICS = ('mean', 'max', 'min', 'current')
 _SCALAR_TYPES = (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)
@@ -23,8 +23,7 @@ def register_safe_globals() -> None:
 
     Importing this package calls the function. It registers ``HistoryBuffer``, NumPy's arrays,
     scalars and plain number types. In place of ``builtins.getattr`` it registers a function that
-    returns the four statistics of ``HistoryBuffer`` and nothing else. If MMEngine has a reader that
-    would leave the safe mode, that reader is replaced.
+    returns the four statistics of ``HistoryBuffer`` and nothing else.
     """
     reconstruct = np.empty(0).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
@@ -39,7 +38,6 @@ def register_safe_globals() -> None:
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         safe += [(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')]
     add_safe_globals(safe)
-    keep_safe_mode()
 
 
 def _statistic_of_history_buffer(obj: object, name: str) -> Any:

@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import Registry
 from torch import nn
 
+from ..compat import files_read_as_tools_do
 from ..conversion.errors import ConversionError
 from ..functional.arguments import ArgumentError
 
@@ -24,7 +25,8 @@ def mistakes_in_one_sentence(config: Config) -> Iterator[None]:
 
     The sentence takes the place of what MMEngine's builders raise about types, arguments and
     values, and of what the parts of a model raise that do not fit each other. All other errors
-    pass.
+    pass. In the block, files are read as the tools read them: annotations as UTF-8, and
+    checkpoints in ``torch.load``'s safe mode.
 
     Args:
         config (Config): The config that is built from.
@@ -35,7 +37,8 @@ def mistakes_in_one_sentence(config: Config) -> Iterator[None]:
             near ones.
     """
     try:
-        yield
+        with files_read_as_tools_do():
+            yield
     except ConversionError as error:
         raise SystemExit(f'model.odconv: {error}') from error
     except ArgumentError as error:

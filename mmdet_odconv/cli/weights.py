@@ -1,25 +1,19 @@
 """The weights that a tool starts from, and what it says where they are missing or do not fit."""
 
-import json
 import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import mmengine
 import torch
 from mmdet.apis import init_detector
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
-from mmengine.runner.checkpoint import (
-    get_deprecated_model_names,
-    get_external_models,
-    get_mmcls_models,
-)
 from torch import Tensor, nn
 
 from ..analysis import odconv_layers
 from ..checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
+from ..checkpoint.reading import web_address
 from ..layers.odconv import _ODConvNd
 from .configs import shorten_report
 from .files import not_found, require_file
@@ -207,24 +201,9 @@ def _require_loadable(path: str, option: str, without: str) -> None:
     try:
         read_checkpoint(path)
     except CheckpointFileError as error:  # no network and no torchvision, too
-        address = _address(path)
+        address = web_address(path)
         fetch = f'fetch {address} and set' if address else 'set'
         raise SystemExit(
             f'{option}: {error}; {fetch} --cfg-options {option}=FILE, '
             f'or start without these weights by --cfg-options {without}'
         ) from error
-
-
-def _address(path: str) -> str | None:
-    """Where on the web the file is that MMEngine means by ``path``."""
-    scheme, _, name = path.partition('://')
-    name = get_deprecated_model_names().get(name, name)
-    if scheme in ('http', 'https'):
-        return path
-    if scheme in ('torchvision', 'modelzoo'):
-        addresses = Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json'
-        known = json.loads(addresses.read_text(encoding='utf-8'))
-        return known.get(name.lower())
-    if scheme in ('open-mmlab', 'openmmlab'):
-        return get_external_models().get(name)
-    return get_mmcls_models().get(name) if scheme == 'mmcls' else None

@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 from mmengine.model import BaseModule
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdet_odconv import ODConv2d, cli
@@ -55,13 +54,12 @@ def test_weights_that_cannot_be_had_name_the_file_and_the_options(monkeypatch):
         ('https://example.org/a.pth', 'https://example.org/a.pth'),
     ],
 )
-def test_without_a_network_the_address_is_named(monkeypatch, path, address):
+def test_without_a_network_the_address_is_named(monkeypatch, tmp_path, path, address):
     def offline(*args, **kwargs):
         raise OSError('no network')
 
-    monkeypatch.setattr('mmengine.runner.checkpoint.load_from_http', offline)
-    for loader in ('https://', 'http://'):
-        monkeypatch.setitem(CheckpointLoader._schemes, loader, offline)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     with pytest.raises(SystemExit, match=rf': no network; fetch {address}'):
         cli.require_start_weights(Start(path))
 
