@@ -1,0 +1,169 @@
+"""The maths of FDConv: kernels stored by frequency, and maps modulated by frequency band.
+
+A kernel of shape (C_out, C_in / groups, k_h, k_w) is seen as one matrix for each group, with
+C_out / groups · k_h rows and C_in / groups · k_w columns, and is stored as the Fourier
+coefficients of that matrix. Each frequency belongs to one of K groups of nearly equal size, from
+the lowest to the highest. A kernel attention scales the groups, so K kernels take the room of one.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction (https://arxiv.org/abs/2503.18783)
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .attention import at_least_float32, cast
+
+
+def spectrum_from_kernel(kernel: Tensor, groups: int = 1) -> Tensor:
+    """The coefficients of a kernel's matrices, divided by :func:`spectrum_scale`.
+
+    Args:
+        kernel (Tensor): Shape (C_out, C_in / groups, k_h, k_w), float32 or wider.
+        groups (int): Groups of the convolution. Default: 1.
+
+    Returns:
+        Tensor: Shape (groups, rows, columns // 2 + 1, 2), real and imaginary parts.
+    """
+    c_out, reads, k_h, k_w = kernel.shape
+    matrices = kernel.reshape(groups, c_out // groups, reads, k_h, k_w).transpose(2, 3)
+    matrices = matrices.reshape(groups, c_out // groups * k_h, reads * k_w)
+    return torch.view_as_real(torch.fft.rfft2(matrices)) / spectrum_scale(kernel.shape, groups)
+
+
+def spectrum_scale(kernel_shape: Sequence[int], groups: int = 1) -> int:
+    """min(C_out, C_in) // 2 of a group, which makes coefficients as small as other weights."""
+    return max(min(kernel_shape[0] // groups, kernel_shape[1]) // 2, 1)
+
+
+@lru_cache(maxsize=64)
+def frequency_groups(rows: int, columns: int, kernel_num: int) -> Tensor:
+    """Which of K groups each frequency of a real matrix belongs to.
+
+    The frequencies, sorted by their distance from 0, are cut into K groups whose sizes differ by
+    one at most. Equal distances stay in the order of the grid. The distances are compared as
+    integers, so the groups are the same everywhere.
+
+    Args:
+        rows, columns (int): Size of the matrix.
+        kernel_num (int): K, at most the number of frequencies, rows · (columns // 2 + 1).
+
+    Returns:
+        Tensor: Shape (rows, columns // 2 + 1), int16 (int64 for K > 32767). Not to be written.
+    """
+    common = math.gcd(rows, columns)
+    u = torch.arange(rows)
+    u = torch.minimum(u, rows - u) * (columns // common)
+    v = torch.arange(columns // 2 + 1) * (rows // common)
+    distance = u[:, None].square() + v.square()
+    order = distance.flatten().argsort(stable=True)
+    sizes = [len(part) for part in torch.arange(len(order)).tensor_split(kernel_num)]
+    groups = torch.empty_like(order)
+    groups[order] = torch.arange(kernel_num).repeat_interleave(torch.tensor(sizes))
+    narrow = torch.int16 if kernel_num <= 1 << 15 else torch.int64
+    return groups.view(distance.shape).to(narrow)
+
+
+def kernels_from_spectrum(
+    spectrum: Tensor,
+    frequency_groups: Tensor,
+    kernel: Tensor | None,
+    kernel_shape: Sequence[int],
+) -> Tensor:
+    """The inverse of :func:`spectrum_from_kernel`, with each frequency scaled for each sample.
+
+    Args:
+        spectrum (Tensor): Shape (groups, rows, columns // 2 + 1, 2).
+        frequency_groups (Tensor): As :func:`frequency_groups` gives it.
+        kernel (Tensor, optional): What scales the K groups, shape (B, K), or None for 1.
+        kernel_shape (Sequence[int]): (C_out, C_in / groups, k_h, k_w).
+
+    Returns:
+        Tensor: Shape (B or 1, C_out, C_in / groups, k_h, k_w).
+    """
+    (c_out, reads, k_h, k_w), groups = kernel_shape, len(spectrum)
+    scale = spectrum_scale(kernel_shape, groups)
+    mixed = spectrum[None] * scale
+    if kernel is not None:
+        index = frequency_groups.flatten().long().expand(len(kernel), -1)
+        by_frequency = (kernel * scale).gather(1, index)
+        mixed = spectrum * by_frequency.view(-1, 1, *spectrum.shape[1:3], 1)
+    matrices = torch.fft.irfft2(torch.view_as_complex(mixed), s=(spectrum.shape[1], reads * k_w))
+    matrices = matrices.view(-1, groups, c_out // groups, k_h, reads, k_w).transpose(3, 4)
+    return matrices.reshape(-1, *kernel_shape)
+
+
+def local_logits(descriptor: Tensor, weight: Tensor, groups: int, kernel_shape: Sequence[int]) -> Tensor:
+    """Logits for each entry of each sample's kernel, from a convolution along the channels.
+
+    Args:
+        descriptor (Tensor): One number for each input channel, shape (B, C_in).
+        weight (Tensor): Shape (C_out · k_h · k_w, 1, q), q odd.
+        groups (int): Groups of the convolution whose kernel it is.
+        kernel_shape (Sequence[int]): (C_out, C_in / groups, k_h, k_w).
+
+    Returns:
+        Tensor: Shape (B, C_out, C_in / groups, k_h, k_w).
+    """
+    c_out, reads, *size = kernel_shape
+    q = weight.shape[2]
+    padded = torch.nn.functional.pad(descriptor, (q // 2, q // 2))
+    windows = padded.unfold(1, q, 1).unflatten(1, (groups, reads))
+    by_group = weight.view(groups, c_out // groups, math.prod(size), q)
+    logits = torch.einsum('bgiq,gopq->bgoip', windows, by_group)
+    return logits.reshape(-1, c_out, reads, *size)
+
+
+def modulate_bands(x: Tensor, attention: Tensor, factors: Sequence[int] = (2, 4, 8)) -> Tensor:
+    """Scale the frequency bands of a map, each at each place.
+
+    L_f is the low-pass that keeps the frequencies with max(|u|, |v|) < 1 / (2f), in cycles for each
+    pixel. The bands are x - L_2 x, L_2 x - L_4 x and L_4 x - L_8 x for ``factors=(2, 4, 8)``. What
+    remains, L_8 x, is not scaled.
+
+    Args:
+        x (Tensor): Shape (B, C, H, W).
+        attention (Tensor): Shape (B, number of bands, H, W).
+        factors (Sequence[int]): The f, ascending. Default: (2, 4, 8).
+
+    Returns:
+        Tensor: The shape and type of ``x``. Half types are computed in float32.
+    """
+    wide = cast(x, at_least_float32(x.dtype))
+    attention = cast(attention, wide.dtype)
+    height, width = (low_pass_basis(size, factors[0], wide) for size in x.shape[2:])
+    coefficients = height.t() @ (wide @ width)
+    out = wide * attention[:, :1]
+    # Σ band_i · A_i, written as x · A_1 + Σ L_i x · (A_{i+1} - A_i) with 1 after the last A.
+    for i, factor in enumerate(factors):
+        after = attention[:, i + 1 : i + 2] if i + 1 < len(factors) else 1
+        rows, columns = (low_pass_rank(size, factor) for size in x.shape[2:])
+        low = height[:, :rows] @ (coefficients[..., :rows, :columns] @ width[:, :columns].t())
+        out = out + low * (after - attention[:, i : i + 1])
+    return cast(out, x.dtype)
+
+
+def low_pass_rank(size: int, factor: int) -> int:
+    """How many of ``size`` frequencies are below 1 / (2 · factor) in absolute value."""
+    return 2 * ((size + 2 * factor - 1) // (2 * factor)) - 1
+
+
+def low_pass_basis(size: int, factor: int, like: Tensor) -> Tensor:
+    """An orthonormal basis of the signals with frequencies below 1 / (2 · factor).
+
+    The columns are the constant, then a cosine and a sine of each frequency, from low to high; so
+    the basis for a greater factor is made of the first columns.
+
+    Returns:
+        Tensor: Shape (size, :func:`low_pass_rank`), the type and device of ``like``.
+    """
+    places = torch.arange(size, device=like.device)
+    waves = torch.arange(1, low_pass_rank(size, factor) // 2 + 1, device=like.device)
+    # The product modulo the size is exact, where a large angle would not be.
+    angles = (places[:, None] * waves % size).to(like.dtype) * (2 * math.pi / size)
+    pairs = torch.stack([angles.cos(), angles.sin()], 2).flatten(1) * math.sqrt(2 / size)
+    constant = torch.full((size, 1), 1 / math.sqrt(size), dtype=like.dtype, device=like.device)
+    return torch.cat([constant, pairs], 1)
