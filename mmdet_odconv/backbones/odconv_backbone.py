@@ -6,6 +6,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from ..functional.arguments import ArgumentError
+from ..layers import DynamicConvNd
 from ..layers.odconv import _ODConvNd
 
 
@@ -17,41 +18,42 @@ class ODConvBackbone:
 
     Args:
         *args, **kwargs: The arguments of mmdet's backbone.
-        kernel_num (int): K, kernels in each bank. Default: 4.
+        kernel_num (int, optional): K, kernels in each bank. Default: that of the layer, which is 4
+            for ODConv.
         reduction (float, optional): Width of the attention branches relative to their input, None
             for branches without a squeeze. Default: that of the layer, which is 1/16 for ODConv.
         temperature (float): T of the attentions. Default: 1.0.
         odconv_cfg (dict, optional): Further arguments of every layer, for example
             ``dict(norm_cfg=dict(type='LN'))``. A ``type`` in it replaces
-            :class:`~mmdet_odconv.ODConv2d`, for example ``dict(type='CondConv2d')``.
+            :class:`~mmdet_odconv.ODConv2d`, for example ``dict(type='FDConv2d')``.
             Default: None.
 
     Raises:
         ValueError: An argument of the layers is out of its range, or the ``type`` is not that of a
-            2-D ODConv layer. The message names it and its value.
+            2-D dynamic convolution. The message names it and its value.
     """
 
     def __init__(
         self,
         *args: Any,
-        kernel_num: int = 4,
+        kernel_num: int | None = None,
         temperature: float = 1.0,
         odconv_cfg: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # Before the constructor of mmdet's backbone, which may build its stages with odconv_like.
-        self._odconv_args = {
-            'kernel_num': kernel_num,
-            'temperature': temperature,
-            **(odconv_cfg or {}),
-        }
+        self._odconv_args = {'temperature': temperature, **(odconv_cfg or {})}
+        if kernel_num is not None:
+            self._odconv_args.setdefault('kernel_num', kernel_num)
         if 'reduction' in kwargs:
             self._odconv_args['reduction'] = kwargs.pop('reduction')
         kind = self._odconv_args.pop('type', 'ODConv2d')
         layer = MODELS.get(kind) if isinstance(kind, str) else kind
-        if not (isinstance(layer, type) and issubclass(layer, _ODConvNd) and layer.ndim == 2):
+        dynamic = isinstance(layer, type) and issubclass(layer, _ODConvNd | DynamicConvNd)
+        if not (dynamic and layer.ndim == 2):
             raise ArgumentError(
-                f"odconv_cfg.type must be 'ODConv2d', 'CondConv2d' or 'DyConv2d', got {kind!r}"
+                "odconv_cfg.type must be a 2-D dynamic convolution, such as 'ODConv2d', "
+                f'got {kind!r}'
             )
         self._layer = layer
         super().__init__(*args, **kwargs)

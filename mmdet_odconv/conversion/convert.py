@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..deployment import keep_fuse_methods_right
 from ..functional.arguments import ArgumentError, check_integer
 from ..layers import DYNAMIC_TYPES, CalibratedNorm, ODConv1d, ODConv2d, ODConv3d
+from ..layers.odconv import _ODConvNd
 from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
@@ -34,7 +35,7 @@ _HOOKS = (
 
 def convert_to_odconv(
     model: nn.Module,
-    kernel_num: int = 4,
+    kernel_num: int | None = None,
     include: Patterns = 'backbone',
     exclude: Patterns = (),
     min_channels: int = 1,
@@ -68,15 +69,16 @@ def convert_to_odconv(
 
     Args:
         model (nn.Module): A detector or any other model.
-        kernel_num (int): K, kernels in each bank. Default: 4.
+        kernel_num (int, optional): K, kernels in each bank. Default: that of the layer, which is 4
+            for ODConv.
         include (str | Sequence[str]): Regular expressions. A convolution is replaced if one of
             them is found in its dotted name. Default: 'backbone'.
         exclude (str | Sequence[str]): Regular expressions. A convolution stays plain if one of them
             is found in its dotted name. Default: none.
         min_channels (int): Convolutions with fewer input or output channels stay plain.
             Default: 1.
-        layer (str): Type of the new layers: 'ODConv', or 'CondConv2d' or 'DyConv2d', which
-            replace 2-D convolutions only. Default: 'ODConv'.
+        layer (str): Type of the new layers: 'ODConv', or 'CondConv2d', 'DyConv2d' or 'FDConv2d',
+            which replace 2-D convolutions only. Default: 'ODConv'.
         **odconv_args: Further arguments of the layer, with its own meanings and defaults, for
             example ``reduction=1 / 4`` or ``norm_cfg=dict(type='LN')``
             (:class:`~mmdet_odconv.ODConv2d`).
@@ -89,12 +91,14 @@ def convert_to_odconv(
             convolution, or an argument of ODConv is unknown (the message has near names) or out
             of its range. The model is unchanged.
     """
-    _require_known(odconv_args)
+    types = _layer_types(layer)
+    _require_known(odconv_args, next(iter(types.values())))
     try:
         check_integer('min_channels', min_channels, least=0)
     except ArgumentError as error:
         raise ConversionError(str(error)) from error
-    types = _layer_types(layer)
+    if kernel_num is not None:
+        odconv_args['kernel_num'] = kernel_num
     convolutions = find_convolutions(model)
     names = [site.name for sites in convolutions.values() for site in sites]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -115,7 +119,7 @@ def convert_to_odconv(
         if reason is None:
             new_type = types[REPLACEABLE[type(conv)]]
             try:
-                layers[conv] = _layer_like(conv, new_type, kernel_num=kernel_num, **odconv_args)
+                layers[conv] = _layer_like(conv, new_type, **odconv_args)
             except (TypeError, ValueError) as error:
                 raise ConversionError(str(error)) from error
             converted.append(sites[0].name)
@@ -129,10 +133,12 @@ def convert_to_odconv(
     return ConversionReport(converted, kept, before, _count_parameters(model))
 
 
-def _require_known(odconv_args: dict[str, Any]) -> None:
-    """Raise ConversionError for what is no argument of ODConv's own."""
+def _require_known(odconv_args: dict[str, Any], layer_type: type) -> None:
+    """Raise ConversionError for what is no argument of the layer's own."""
     conversion = inspect.signature(convert_to_odconv).parameters
-    own = inspect.signature(ODConv2d).parameters.keys() - inspect.signature(nn.Conv2d).parameters
+    # Those of CondConv2d and DyConv2d are those of ODConv2d.
+    signature = inspect.signature(ODConv2d if issubclass(layer_type, _ODConvNd) else layer_type)
+    own = signature.parameters.keys() - inspect.signature(nn.Conv2d).parameters
     known = sorted({*own, *conversion} - {'model', 'odconv_args'})
     for name in odconv_args.keys() - own:
         near = difflib.get_close_matches(name, known, n=1)

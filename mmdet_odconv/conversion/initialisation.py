@@ -37,7 +37,7 @@ class InitWeights:
             type(self.model).init_weights(self.model)
         for layer in layers:
             if layer not in loaded:
-                layer.attention.reset_parameters()
+                getattr(layer, 'reset_attention', layer.attention.reset_parameters)()
 
 
 def _uninitialised(module: Any, called: bool = True, reached: bool = False) -> Iterator[Any]:

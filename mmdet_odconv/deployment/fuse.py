@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import DYNAMIC_TYPES, ODAttention
+from ..layers import DYNAMIC_TYPES, DynamicConvNd, ODAttention
 from .execution import directly_following
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d)
@@ -139,6 +139,9 @@ def _is_constant(norm: Any, channels: int) -> bool:
 
 
 def _fold_into_bank(norm: Any, layer: Any) -> None:
+    if isinstance(layer, DynamicConvNd):
+        layer.fold_norm(*_scale_and_shift(norm))
+        return
     layer.has_bias = True
     _fold(norm, layer, dim=1)
 

@@ -12,6 +12,7 @@ from .attention import (
     softmax_attention,
 )
 from .dispatch import STRATEGIES, check_strategy, record_strategies
+from .dynamic_conv import dynamic_conv
 from .formula import mix_kernel_bank, odconv_formula
 from .operator import convolution_dtype, odconv
 from .squeeze import squeeze
@@ -26,6 +27,7 @@ __all__ = [
     'bank_from_static_weight',
     'check_strategy',
     'convolution_dtype',
+    'dynamic_conv',
     'mix_kernel_bank',
     'odconv',
     'odconv_formula',

@@ -11,8 +11,11 @@ Paper: Frequency Dynamic Convolution for Dense Image Prediction (https://arxiv.o
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import at_least_float32, cast
@@ -39,7 +42,6 @@ def spectrum_scale(kernel_shape: Sequence[int], groups: int = 1) -> int:
     return max(min(kernel_shape[0] // groups, kernel_shape[1]) // 2, 1)
 
 
-@lru_cache(maxsize=64)
 def frequency_groups(rows: int, columns: int, kernel_num: int) -> Tensor:
     """Which of K groups each frequency of a real matrix belongs to.
 
@@ -52,69 +54,96 @@ def frequency_groups(rows: int, columns: int, kernel_num: int) -> Tensor:
         kernel_num (int): K, at most the number of frequencies, rows · (columns // 2 + 1).
 
     Returns:
-        Tensor: Shape (rows, columns // 2 + 1), int16 (int64 for K > 32767). Not to be written.
+        Tensor: Shape (rows, columns // 2 + 1), of the least integer type.
     """
+    return torch.tensor(_frequency_groups(rows, columns, kernel_num))
+
+
+@lru_cache(maxsize=64)
+def _frequency_groups(rows: int, columns: int, kernel_num: int) -> Any:
+    # NumPy, because a tensor that is remembered must not be made under FakeTensorMode or the like.
     common = math.gcd(rows, columns)
-    u = torch.arange(rows)
-    u = torch.minimum(u, rows - u) * (columns // common)
-    v = torch.arange(columns // 2 + 1) * (rows // common)
-    distance = u[:, None].square() + v.square()
-    order = distance.flatten().argsort(stable=True)
-    sizes = [len(part) for part in torch.arange(len(order)).tensor_split(kernel_num)]
-    groups = torch.empty_like(order)
-    groups[order] = torch.arange(kernel_num).repeat_interleave(torch.tensor(sizes))
-    narrow = torch.int16 if kernel_num <= 1 << 15 else torch.int64
-    return groups.view(distance.shape).to(narrow)
+    u = np.arange(rows)
+    u = np.minimum(u, rows - u) * (columns // common)
+    v = np.arange(columns // 2 + 1) * (rows // common)
+    distance = u[:, None] ** 2 + v**2
+    groups = np.empty(distance.size, np.min_scalar_type(-kernel_num))
+    order = distance.argsort(axis=None, kind='stable')
+    for group, part in enumerate(np.array_split(order, kernel_num)):
+        groups[part] = group
+    return groups.reshape(distance.shape)
 
 
-def kernels_from_spectrum(
+def fdconv_kernels(
     spectrum: Tensor,
-    frequency_groups: Tensor,
-    kernel: Tensor | None,
+    frequency_group: Tensor,
     kernel_shape: Sequence[int],
+    gain: float = 1.0,
+    kernel: Tensor | None = None,
+    channel: Tensor | None = None,
+    filter: Tensor | None = None,
+    spatial: Tensor | None = None,
+    descriptor: Tensor | None = None,
+    local: Tensor | None = None,
 ) -> Tensor:
-    """The inverse of :func:`spectrum_from_kernel`, with each frequency scaled for each sample.
+    """The kernel of each sample, c ⊗ f ⊗ s ⊙ 2σ(l) ⊙ F⁻¹(k · P) times ``gain``.
 
     Args:
-        spectrum (Tensor): Shape (groups, rows, columns // 2 + 1, 2).
-        frequency_groups (Tensor): As :func:`frequency_groups` gives it.
-        kernel (Tensor, optional): What scales the K groups, shape (B, K), or None for 1.
+        spectrum (Tensor): P, as :func:`spectrum_from_kernel` gives it.
+        frequency_group (Tensor): The group of each frequency, see :func:`frequency_groups`.
         kernel_shape (Sequence[int]): (C_out, C_in / groups, k_h, k_w).
+        gain (float): A factor of the result. Default: 1.0.
+        kernel (Tensor, optional): k, one factor for each group of frequencies, shape (B, K).
+        channel, filter, spatial (Tensor, optional): c, f and s, shapes (B, C_in), (B, C_out) and
+            (B, k_h · k_w).
+        descriptor (Tensor, optional): One number for each input channel, shape (B, C_in). Its
+            convolution along the channels with ``local`` is l.
+        local (Tensor, optional): Shape (C_out · k_h · k_w, 1, q), q odd.
 
     Returns:
-        Tensor: Shape (B or 1, C_out, C_in / groups, k_h, k_w).
+        Tensor: Shape (B, C_out, C_in / groups, k_h, k_w), float32 or wider, with 1 in place of B
+        if nothing depends on the sample.
     """
+    spectrum = cast(spectrum, at_least_float32(spectrum.dtype))
     (c_out, reads, k_h, k_w), groups = kernel_shape, len(spectrum)
-    scale = spectrum_scale(kernel_shape, groups)
-    mixed = spectrum[None] * scale
-    if kernel is not None:
-        index = frequency_groups.flatten().long().expand(len(kernel), -1)
-        by_frequency = (kernel * scale).gather(1, index)
+    scale = spectrum_scale(kernel_shape, groups) * gain * (1 if descriptor is None else 2)
+    if kernel is None:
+        mixed = spectrum[None] * scale
+    else:
+        index = frequency_group.flatten().long().expand(len(kernel), -1)
+        by_frequency = (cast(kernel, spectrum.dtype) * scale).gather(1, index)
         mixed = spectrum * by_frequency.view(-1, 1, *spectrum.shape[1:3], 1)
-    matrices = torch.fft.irfft2(torch.view_as_complex(mixed), s=(spectrum.shape[1], reads * k_w))
-    matrices = matrices.view(-1, groups, c_out // groups, k_h, reads, k_w).transpose(3, 4)
-    return matrices.reshape(-1, *kernel_shape)
+    matrices = _inverse_transform(mixed, reads * k_w)
+    kernels = matrices.view(-1, groups, c_out // groups, k_h, reads, k_w).transpose(3, 4)
+    columns = None if channel is None else channel.view(-1, groups, 1, reads, 1, 1)
+    if spatial is not None:
+        spatial = spatial.view(-1, 1, 1, 1, k_h, k_w)
+        columns = spatial if columns is None else columns * spatial
+    if columns is not None:
+        kernels = kernels * columns
+    if filter is not None:
+        kernels = kernels * filter.view(-1, groups, c_out // groups, 1, 1, 1)
+    if descriptor is not None and local is not None:
+        kernels = kernels * torch.sigmoid(_local_logits(descriptor, local, kernels.shape))
+    return kernels.reshape(-1, *kernel_shape)
 
 
-def local_logits(descriptor: Tensor, weight: Tensor, groups: int, kernel_shape: Sequence[int]) -> Tensor:
-    """Logits for each entry of each sample's kernel, from a convolution along the channels.
+def _inverse_transform(spectrum: Tensor, columns: int) -> Tensor:
+    """From (B, groups, rows, columns // 2 + 1, 2) to real matrices (B, groups, rows, columns)."""
+    if spectrum.shape[0] == 0:  # which MKL does not transform
+        return spectrum.flatten(3)[..., :columns]
+    # As two transforms, because irfft2 makes a copy first.
+    return torch.fft.irfft(torch.fft.ifft(torch.view_as_complex(spectrum), dim=2), n=columns)
 
-    Args:
-        descriptor (Tensor): One number for each input channel, shape (B, C_in).
-        weight (Tensor): Shape (C_out · k_h · k_w, 1, q), q odd.
-        groups (int): Groups of the convolution whose kernel it is.
-        kernel_shape (Sequence[int]): (C_out, C_in / groups, k_h, k_w).
 
-    Returns:
-        Tensor: Shape (B, C_out, C_in / groups, k_h, k_w).
-    """
-    c_out, reads, *size = kernel_shape
+def _local_logits(descriptor: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+    """l, of ``shape`` (B, groups, C_out / groups, C_in / groups, k_h, k_w) but for B."""
+    _, groups, c_out, reads, *size = shape
     q = weight.shape[2]
-    padded = torch.nn.functional.pad(descriptor, (q // 2, q // 2))
-    windows = padded.unfold(1, q, 1).unflatten(1, (groups, reads))
-    by_group = weight.view(groups, c_out // groups, math.prod(size), q)
-    logits = torch.einsum('bgiq,gopq->bgoip', windows, by_group)
-    return logits.reshape(-1, c_out, reads, *size)
+    windows = F.pad(descriptor, (q // 2, q // 2)).unfold(1, q, 1)
+    windows = windows.reshape(-1, groups, 1, reads, q)
+    by_output = weight.view(groups, c_out, math.prod(size), q).mT
+    return (windows @ by_output).view(-1, groups, c_out, reads, *size)
 
 
 def modulate_bands(x: Tensor, attention: Tensor, factors: Sequence[int] = (2, 4, 8)) -> Tensor:

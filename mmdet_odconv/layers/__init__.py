@@ -2,18 +2,22 @@
 
 from .attention import ODAttention, set_temperature
 from .calibrated_norm import CalibratedNorm, calibrate
+from .dynamic_conv import DynamicConvNd
+from .fdconv import FDConv2d
 from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
 from .valid_pooling import use_valid_pooling
 
-# All layers that have a bank of kernels.
-DYNAMIC_TYPES = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d)
+# All layers that make a kernel for each sample.
+DYNAMIC_TYPES = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d, FDConv2d)
 
 __all__ = [
     'DYNAMIC_TYPES',
     'CalibratedNorm',
     'CondConv2d',
     'DyConv2d',
+    'DynamicConvNd',
+    'FDConv2d',
     'ODAttention',
     'ODConv1d',
     'ODConv2d',

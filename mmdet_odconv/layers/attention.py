@@ -217,12 +217,15 @@ class ODAttention(nn.Module):
         with without_autocast(x.device.type):
             h = cast(h, dtype)
             if self.fc is not None:
-                h = torch.relu(self._normalise(self.fc(h)))
+                h = self._activate(self._normalise(self.fc(h)))
             channel, filter_, spatial, kernel = (
                 None if head is None else activation(head(h), t)
                 for head, activation in zip(heads, self._activations, strict=True)
             )
         return Attentions(_ones(x) if channel is None else channel, filter_, spatial, kernel)
+
+    def _activate(self, h: Tensor) -> Tensor:
+        return torch.relu(h)
 
     def _heads(self) -> list['Pointwise']:
         heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
