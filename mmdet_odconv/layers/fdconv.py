@@ -53,8 +53,8 @@ class FDConv2d(DynamicConvNd):
             Default: 1/16.
         min_attention_channels (int): The least width of the attention branch. Default: 16.
         temperature (float): T of the attentions, positive. Default: 1.0.
-        norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, CalibratedNorm, LN or GN,
-            or None. Default: ``dict(type='BN')``.
+        norm_cfg (dict, optional): Norm of the attention branch: BN, SyncBN, CalibratedNorm, LN or
+            GN, or None. Default: ``dict(type='BN')``.
         attentions (Sequence[str]): Which of the attentions 'channel', 'filter', 'spatial' and
             'kernel' the layer has; K > 1 needs 'kernel'. Default: all four.
         local (bool): Whether the layer has l. Default: True.
