@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from mmdet_odconv.functional import Attentions, mix_kernel_bank, odconv
+from mmdet_odconv.functional.formula import multiply_patches
+from mmdet_odconv.functional.implementation import Geometry
 
 DTYPE = torch.float64
 
@@ -46,3 +48,18 @@ def test_constant_attentions_of_one_give_the_plain_convolution_of_the_summed_ban
     ones = [torch.ones(2, n, dtype=DTYPE) for n in (4, 6, 9, 3)]
     expected = torch.nn.functional.conv2d(x, bank.sum(0), stride=2)
     torch.testing.assert_close(odconv(x, bank, Attentions(*ones), stride=2), expected)
+
+
+@pytest.mark.parametrize(
+    ('ndim', 'groups', 'stride', 'padding', 'dilation'),
+    [(1, 1, 1, 1, 1), (2, 1, 2, 1, 1), (2, 2, 1, 0, 2), (2, 4, 2, 2, 1), (3, 1, 2, 1, 1)],
+)
+def test_products_of_kernels_and_patches_are_the_convolution(
+    ndim, groups, stride, padding, dilation
+):
+    x = torch.randn(3, 4, *(9, 8, 7)[:ndim], dtype=DTYPE)
+    kernels = torch.randn(3, 8, 4 // groups, *(3, 2, 3)[:ndim], dtype=DTYPE)
+    options = (stride,) * ndim, (padding,) * ndim, (dilation,) * ndim, groups
+    conv = getattr(torch.nn.functional, f'conv{ndim}d')
+    expected = torch.cat([conv(x[i : i + 1], kernels[i], None, *options) for i in range(3)])
+    torch.testing.assert_close(multiply_patches(x, kernels, Geometry(*options)), expected)

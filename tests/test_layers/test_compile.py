@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, set_temperature
-from mmdet_odconv.compat import COMPILED_OPERATOR
+from mmdet_odconv.compat import COMPILED_OPERATOR, ONNX_EXPORT
 from mmdet_odconv.functional import STRATEGIES
 from tests.reference import randomise, relative_error
 from tests.test_functional.test_operator import TOOL
@@ -218,3 +218,15 @@ class TestTorchScript:
         traced = torch.jit.trace(model, torch.randn(batch, 4, 6, 6))
         with pytest.raises(RuntimeError):
             traced(torch.randn(batch + 1, 4, 6, 6))
+
+
+@pytest.mark.skipif(not ONNX_EXPORT, reason='torch.export leaves the batch free from torch 2.6 on')
+@pytest.mark.parametrize('option', OPTIONS)
+def test_an_exported_layer_takes_any_batch(option):
+    """In a graph for any batch each sample gets what it gets alone."""
+    eager = layer(**OPTIONS[option])
+    free = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(eager, (torch.randn(2, 4, 6, 6),), dynamic_shapes=(free,))
+    for batch in (1, 5):
+        x = torch.randn(batch, 4, 6, 6)
+        torch.testing.assert_close(program.module()(x), eager(x), rtol=1e-4, atol=1e-5)

@@ -3,8 +3,13 @@
 import json
 import pickle
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import cv2
 import numpy as np
@@ -16,7 +21,8 @@ from mmengine.config import Config
 from tests.conftest import ROOT
 from tests.forked_tools import Tools
 from tests.test_deployment.test_detections import CONFIGS, build, small_config
-from tests.test_tools.test_train_and_test import CONFIG, metrics
+from tests.test_docs import BLOCK
+from tests.test_tools.test_train_and_test import CONFIG, SMALL, metrics, run_tool
 
 SIZE = 96
 
@@ -162,29 +168,35 @@ def test_the_demo_finds_what_mmdet_finds(written, shapes, tmp_path, runtime):
 
 @pytest.fixture(scope='module')
 def tiny(_onnx_export, tmp_path_factory):
-    """A file with the description of a detector that finds one box in every image."""
+    """A file of a detector that finds one box, whose score is the mean of the image."""
     import onnx
     from onnx import TensorProto, helper
 
     about = dict(
-        resize=None, pad=None, bgr_to_rgb=False, mean=[0.0] * 3, std=[1.0] * 3, size_divisor=1,
+        resize=None, pad=None, bgr_to_rgb=False, mean=[0.0] * 3, std=[255.0] * 3, size_divisor=1,
         pad_value=0.0, classes=['dot'], outputs=['boxes', 'scores', 'labels'], batch=1,
         score_threshold=0.0,
     )  # fmt: skip
-    values = dict(
-        boxes=np.float32([[[1, 2, 9, 8]]]), scores=np.float32([[0.75]]), labels=np.int64([[0]])
-    )
+    values = dict(boxes=np.float32([[[1, 2, 9, 8]]]), scores=None, labels=np.int64([[0]]))
+    shape = onnx.numpy_helper.from_array(np.int64([1, 1]))
     nodes = [
-        helper.make_node('Constant', [], [name], value=onnx.numpy_helper.from_array(value))
-        for name, value in values.items()
+        *(
+            helper.make_node('Constant', [], [name], value=onnx.numpy_helper.from_array(value))
+            for name, value in values.items()
+            if value is not None
+        ),
+        helper.make_node('Constant', [], ['shape'], value=shape),
+        helper.make_node('ReduceMean', ['image'], ['mean']),
+        helper.make_node('Reshape', ['mean', 'shape'], ['scores']),
     ]
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         for name, shape in (('image', [1, 3, None, None]), ('size', [1, 2]), ('scale', [1, 2]))
     ]
     outputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
-        for name, v in values.items()
+        helper.make_tensor_value_info('boxes', TensorProto.FLOAT, [1, 1, 4]),
+        helper.make_tensor_value_info('scores', TensorProto.FLOAT, [1, 1]),
+        helper.make_tensor_value_info('labels', TensorProto.INT64, [1, 1]),
     ]
     graph = helper.make_graph(nodes, 'tiny', inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=9)
@@ -195,7 +207,7 @@ def tiny(_onnx_export, tmp_path_factory):
     (root / 'cut.onnx').write_bytes((root / 'tiny.onnx').read_bytes()[:-200])
     (root / 'empty').mkdir()
     (root / 'no.jpg').write_text('no image')
-    cv2.imwrite(str(root / 'image.png'), np.zeros((20, 30, 3), np.uint8))
+    cv2.imwrite(str(root / 'image.png'), np.full((20, 30, 3), 153, np.uint8))
     video = cv2.VideoWriter(str(root / 'v.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5, (32, 32))
     for _ in range(8):
         video.write(np.random.randint(0, 255, (32, 32, 3), np.uint8))
@@ -209,8 +221,9 @@ def test_the_demo_writes_what_it_finds(tiny, tmp_path):
     output = demo(tiny / 'image.png', tiny / 'tiny.onnx', '--out-dir', tmp_path)
     assert output == f'wrote 1 images and detections.json to {tmp_path}\n'
     found = json.loads((tmp_path / 'detections.json').read_text())
-    assert found == {'image.png': [dict(box=[1, 2, 9, 8], score=0.75, label='dot')]}
-    assert cv2.imread(str(tmp_path / 'image.png')).any()
+    score = pytest.approx(0.6, abs=1e-6)
+    assert found == {'image.png': [dict(box=[1, 2, 9, 8], score=score, label='dot')]}
+    assert (cv2.imread(str(tmp_path / 'image.png')) != 153).any()
 
 
 def test_the_demo_takes_a_video(tiny, tmp_path):
@@ -240,3 +253,95 @@ def test_the_demo_says_in_one_sentence_what_is_wrong(tiny, tmp_path, image, onnx
     error = demo(tiny / image, tiny / onnx, '--out-dir', tmp_path / 'out', ok=False)
     assert re.fullmatch(f'(.*{message})\n', error.splitlines(keepends=True)[-1]), error
     assert 'Traceback' not in error
+
+
+@pytest.fixture(scope='module')
+def service(tiny):
+    """The service of the documentation, started as it says, and where it answers."""
+    for package in ('fastapi', 'uvicorn', 'httpx'):
+        pytest.importorskip(package)
+    page = (ROOT / 'docs/deployment.md').read_text()
+    code = next(m['code'] for m in BLOCK.finditer(page) if m['title'] == 'service.py')
+    (tiny / 'service.py').write_text(code)
+    (tiny / 'onnx_demo.py').write_text((ROOT / 'tools/deployment/onnx_demo.py').read_text())
+    (tiny / 'detector.onnx').write_bytes((tiny / 'tiny.onnx').read_bytes())
+    with socket.socket() as one:
+        one.bind(('127.0.0.1', 0))
+        port = str(one.getsockname()[1])
+    (line,) = re.findall('^uvicorn .*$', page, re.MULTILINE)
+    command = line.replace('8000', port).split()
+    process = subprocess.Popen([sys.executable, '-m', *command], cwd=tiny)
+    for _ in range(300):
+        with socket.socket() as one:
+            if one.connect_ex(('127.0.0.1', int(port))) == 0:
+                break
+        assert process.poll() is None
+        time.sleep(0.1)
+    yield f'http://127.0.0.1:{port}/detect'
+    process.terminate()
+    process.wait()
+
+
+def encoded(value):
+    return cv2.imencode('.png', np.full((20, 30, 3), value, np.uint8))[1].tobytes()
+
+
+def test_requests_at_once_get_the_answers_of_one(service):
+    import httpx
+
+    values = range(100, 250, 15)
+    alone = [httpx.post(service, content=encoded(value), timeout=60).json() for value in values]
+    scores = [found[0]['score'] for found in alone]
+    assert scores == pytest.approx([value / 255 for value in values], abs=1e-5)
+    with ThreadPoolExecutor(10) as pool:
+        ask = lambda value: httpx.post(service, content=encoded(value), timeout=60).json()  # noqa: E731
+        assert list(pool.map(ask, values)) == alone
+
+
+@pytest.mark.parametrize(
+    ('content', 'status', 'message'),
+    [
+        (b'', 400, 'the body of the request must be an image file, say JPEG or PNG'),
+        (b'no image', 400, 'the body of the request must be an image file, say JPEG or PNG'),
+        (bytes(20_000_001), 413, 'an image has at most 20000000 bytes'),
+    ],
+)
+def test_bad_requests_are_answered_in_one_sentence(service, content, status, message):
+    import httpx
+
+    answer = httpx.post(service, content=content, timeout=60)
+    assert (answer.status_code, answer.json()) == (status, dict(detail=message))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('curl') is None, reason='curl is not installed')
+def test_the_request_of_the_page(service, tiny):
+    (line,) = re.findall('^curl .*$', (ROOT / 'docs/deployment.md').read_text(), re.MULTILINE)
+    line = line.replace('http://127.0.0.1:8000/detect', service).replace('image.jpg', 'image.png')
+    answer = subprocess.run(line.split(), cwd=tiny, capture_output=True, check=True).stdout
+    assert json.loads(answer)[0]['label'] == 'dot'
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('_onnx_export')
+def test_the_commands_of_the_page(tmp_path, shapes):
+    detector = Family(tmp_path, shapes, 'retinanet')
+    values = dict(CONFIG=detector.config, CHECKPOINT=detector.checkpoint, IMAGES=shapes / 'val')
+    page = (ROOT / 'docs/deployment.md').read_text().replace('\\\n', ' ')
+    lines = [
+        line
+        for match in BLOCK.finditer(page)
+        for line in match['code'].splitlines()
+        if match['language'] == 'shell' and line.startswith('python ') and 'IMAGE ' not in line
+    ]
+    assert len(lines) >= 3
+    for line in lines:
+        if 'nncf' in line and find_spec('nncf') is None:
+            continue
+        for name, value in values.items():
+            line = re.sub(rf'\b{name}\b', str(value), line)
+        _, tool, *args = line.split()
+        if tool == 'tools/test.py':
+            args += ['--work-dir', tmp_path / 'work', '--cfg-options', *SMALL]
+        run_tool(tool.removeprefix('tools/'), *args, folder=tmp_path, shapes=shapes)
+    assert json.loads((tmp_path / 'outputs/detections.json').read_text())

@@ -53,7 +53,8 @@ class Detector:
         compiled = core.compile_model(
             model, 'CPU', config | ({'INFERENCE_NUM_THREADS': threads} if threads else {})
         )
-        self.run = lambda inputs: list(compiled(inputs).values())
+        # Each call has a request of its own, so that threads can call at the same time.
+        self.run = lambda inputs: list(compiled.create_infer_request().infer(inputs).values())
         framework = model.get_rt_info().get('framework', {})
         return {KEY: framework[KEY].value} if KEY in framework else {}
 
