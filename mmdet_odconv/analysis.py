@@ -214,7 +214,7 @@ class AttentionMeter:
 
     def _adder(self, name: str) -> Callable[[nn.Module, Any, Attentions], None]:
         def add(module: nn.Module, args: Any, attentions: Attentions) -> None:
-            self._samples[name] += len(attentions.channel)
+            self._samples[name] += len(args[0])
             for attention, sums in self._sums[name].items():
                 # On the CPU, because some devices have no float64.
                 sums.add(getattr(attentions, attention).detach().cpu().double())

@@ -6,10 +6,9 @@
 
 from .attention import (
     Attentions,
+    activate,
     annealed_temperature,
     at_least_float32,
-    sigmoid_attention,
-    softmax_attention,
 )
 from .dispatch import STRATEGIES, check_strategy, record_strategies
 from .dynamic_conv import dynamic_conv
@@ -22,6 +21,7 @@ __all__ = [
     'DEFAULT_SPREAD',
     'STRATEGIES',
     'Attentions',
+    'activate',
     'annealed_temperature',
     'at_least_float32',
     'bank_from_static_weight',
@@ -32,7 +32,5 @@ __all__ = [
     'odconv',
     'odconv_formula',
     'record_strategies',
-    'sigmoid_attention',
-    'softmax_attention',
     'squeeze',
 ]

@@ -4,6 +4,7 @@ Paper: Omni-Dimensional Dynamic Convolution, section 3.2 and appendix
 (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ class Attentions(NamedTuple):
     ``None`` stands for an attention that is absent, that is, equal to 1 everywhere.
 
     Attributes:
-        channel (Tensor): Input-channel attention c, shape (B, C_in). It is always there.
+        channel (Tensor, optional): Input-channel attention c, shape (B, C_in).
         filter (Tensor, optional): Output-filter attention f, shape (B, C_out). It is absent when
             the convolution is depthwise, because c already scales each filter there.
         spatial (Tensor, optional): Spatial attention s, shape (B, kernel positions), shared by
@@ -24,38 +25,44 @@ class Attentions(NamedTuple):
         kernel (Tensor, optional): Kernel-number attention k, shape (B, K). It is absent when K = 1.
     """
 
-    channel: Tensor
+    channel: Tensor | None = None
     filter: Tensor | None = None
     spatial: Tensor | None = None
     kernel: Tensor | None = None
 
 
-def sigmoid_attention(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """Channel, filter and spatial attention: sigmoid(logits / T).
+def activate(
+    logits: Tensor,
+    sizes: Sequence[int],
+    temperature: float | Tensor | None = None,
+    kernel_activation: str = 'softmax',
+) -> Attentions:
+    """The attentions from their logits: σ(logits / T), and softmax(logits / T) over the kernels.
 
     Args:
-        logits (Tensor): Any shape. Types narrower than float32 are computed in float32.
-        temperature (float | Tensor): T, positive, a number or a tensor of no dimensions. The
-            larger T is, the closer the result is to 1/2. Default: 1.0.
+        logits (Tensor): The logits of the channel, filter, spatial and kernel attention side by
+            side, shape (B, sum of ``sizes``). Types narrower than float32 are computed in float32.
+        sizes (Sequence[int]): Width of each of the four; 0 for one that is absent.
+        temperature (float | Tensor, optional): T, positive, a number or a tensor of no dimensions.
+            The larger T is, the closer the results are to 1/2 and 1/K. None is 1. Default: None.
+        kernel_activation (str): 'softmax', or 'sigmoid' for a kernel attention that need not sum
+            to 1. Default: 'softmax'.
 
     Returns:
-        Tensor: The shape of ``logits``, float32 or wider.
+        Attentions: Of float32 or wider.
     """
-    return torch.sigmoid(_wide(logits) / temperature)
-
-
-def softmax_attention(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """Kernel-number attention: softmax(logits / T) over the K kernels.
-
-    Args:
-        logits (Tensor): Shape (B, K). Types narrower than float32 are computed in float32.
-        temperature (float | Tensor): T, positive, a number or a tensor of no dimensions. The
-            larger T is, the closer the result is to 1/K. Default: 1.0.
-
-    Returns:
-        Tensor: Shape (B, K), float32 or wider; each row sums to 1.
-    """
-    return torch.softmax(_wide(logits) / temperature, dim=1)
+    logits = cast(logits, at_least_float32(logits.dtype))
+    if temperature is not None:
+        logits = logits / temperature
+    kernel, kernel_num = [], sizes[3]
+    if kernel_num and kernel_activation == 'softmax':
+        width = logits.shape[1] - kernel_num
+        if width == 0:
+            return Attentions(kernel=logits.softmax(1))
+        logits, last = logits.split_with_sizes((width, kernel_num), 1)
+        kernel, sizes = [last.softmax(1)], sizes[:3]
+    parts = list(logits.sigmoid().split_with_sizes([size for size in sizes if size], 1))
+    return Attentions(*[parts.pop(0) if size else None for size in sizes], *kernel)
 
 
 def annealed_temperature(
@@ -94,7 +101,3 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, without the cost of a call where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return cast(logits, at_least_float32(logits.dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions, cast
-from .implementation import Gradients, Needed, column_scale_backward
+from .implementation import Geometry, Needed
 
 _of_thread = threading.local()
 # Entries below which the allocator is as fast.
@@ -54,7 +54,17 @@ class Block(NamedTuple):
 
     outputs: slice
     inputs: slice
-    groups: slice
+    groups: int
+
+    def of(self, attentions: Attentions) -> Attentions:
+        """The attentions of these channels."""
+        c, f, *others = attentions
+        c = None if c is None else c[:, self.inputs]
+        return Attentions(c, None if f is None else f[:, self.outputs], *others)
+
+    def within(self, geometry: Geometry) -> Geometry:
+        """The geometry of a convolution of these channels."""
+        return geometry._replace(groups=self.groups)
 
 
 @lru_cache(maxsize=4096)
@@ -77,92 +87,62 @@ def output_blocks(
         first, last = g * of_group, end * of_group
         for o in range(first, last, step):
             outputs = slice(o, min(o + step, last))
-            blocks.append(Block(outputs, slice(g * reads, end * reads), slice(g, end)))
+            blocks.append(Block(outputs, slice(g * reads, end * reads), end - g))
     return tuple(blocks)
-
-
-def slice_channels(tensor: Tensor, some: slice) -> Tensor:
-    """``tensor[:, some]``, without the cost of a view where that is all of it."""
-    return tensor if some.stop - some.start == tensor.shape[1] else tensor[:, some]
 
 
 def rows_within(block_bytes: int, bank: Tensor, batch: int) -> int:
     """How many rows of every sample's kernel matrix fit into ``block_bytes``."""
-    return block_bytes // (batch * math.prod(bank.shape[2:]) * bank.element_size())
+    return block_bytes // (batch * bank.shape[2:].numel() * bank.element_size())
 
 
-def mix_rows(matrices: Tensor, kernel: Tensor | None, rows: slice) -> Tensor:
-    """Some rows of each sample's kernel matrix, Σ_j k_j · W_j.
+def mix(bank: Tensor, kernel: Tensor | None) -> Tensor:
+    """The mixture of each sample, Σ_j k_j · W_j.
 
     Args:
-        matrices (Tensor): The bank W as matrices, shape (K, C_out, columns).
+        bank (Tensor): W, shape (K, ...), or some rows of it.
         kernel (Tensor, optional): k, shape (B, K), or None for 1, which needs K = 1.
-        rows (slice): The output channels.
 
     Returns:
-        Tensor: Shape (B, rows, columns), valid until the next call. Without ``kernel`` it is the
-        rows of the bank itself, shape (1, rows, columns), which must not be written.
+        Tensor: Shape (B, entries of a kernel), valid until the next call. Without ``kernel`` it is
+        the bank itself, shape (1, entries of a kernel), which must not be written.
     """
-    part = slice_channels(matrices, rows)
+    flat = bank.flatten(1)
     if kernel is None:
-        return part
-    flat, kernel = part.flatten(1), cast(kernel, matrices.dtype)
-    mixed = workspace('mixture', (len(kernel), flat.shape[1]), matrices.dtype)
-    if len(kernel) == 1 and flat.shape[1] >= 1 << 19 and torch.get_num_threads() > 1:
+        return flat
+    kernel = cast(kernel, flat.dtype)
+    batch, entries = kernel.shape[0], flat.shape[1]
+    if batch * entries < _LEAST_KEPT:
+        return torch.mm(kernel, flat)
+    mixed = workspace('mixture', (batch, entries), flat.dtype)
+    if batch == 1 and entries >= 1 << 19 and torch.get_num_threads() > 1:
         # MKL leaves a product with a single row to one thread.
         torch.mul(flat[0], kernel[0, 0], out=mixed[0])
         for row, weight in zip(flat[1:], kernel[0, 1:], strict=True):
             mixed[0].addcmul_(row, weight)
-    else:
-        torch.mm(kernel, flat, out=mixed)
-    return mixed.view(-1, *part.shape[1:])
+        return mixed
+    return torch.mm(kernel, flat, out=mixed)
 
 
-class BlockGradients:
-    """The gradients of the bank and of the attentions, gathered block by block.
+def mix_backward(
+    grad: Tensor, bank: Tensor, kernel: Tensor | None, needed: Needed, out: Tensor | None
+) -> Tensor | None:
+    """The gradients of :func:`mix`.
 
     Args:
-        matrices (Tensor): The bank as matrices, shape (K, C_out, columns).
-        attentions (Attentions): Those of the B samples.
-        scale (Tensor): c ⊗ s, shape (B, groups, columns).
+        grad (Tensor): That of the mixtures, shape (B, entries of a kernel).
+        bank (Tensor): As in :func:`mix`.
+        kernel (Tensor, optional): As in :func:`mix`.
         needed (Needed): Which gradients are wanted.
+        out (Tensor, optional): Where the gradient of the bank is written, if it is wanted.
 
-    Attributes:
-        scale (Tensor, optional): The gradient of c ⊗ s.
-        filter (Tensor, optional): The gradient of f.
+    Returns:
+        Tensor, optional: The gradient of ``kernel``, if it is wanted.
     """
-
-    def __init__(
-        self, matrices: Tensor, attentions: Attentions, scale: Tensor, needed: Needed
-    ) -> None:
-        def zeros(like: Tensor | None) -> Tensor | None:
-            return torch.zeros_like(like) if needed.attentions and like is not None else None
-
-        self.matrices, self.attentions = matrices, attentions
-        # Every row of the bank's gradient is written once. The others are sums over the blocks.
-        self.bank = torch.empty_like(matrices) if needed.bank else None
-        self.scale = zeros(scale)
-        self.filter = zeros(attentions.filter)
-        self.kernel = zeros(attentions.kernel)
-
-    def add_mixture(self, grad: Tensor, rows: slice) -> None:
-        """Add what the gradient of :func:`mix_rows`, shape (B, rows, columns), contributes."""
-        kernel = self.attentions.kernel
-        if kernel is None:
-            if self.bank is not None:
-                torch.sum(grad, 0, out=self.bank[0, rows])
-            return
-        flat = grad.flatten(1)
-        if self.bank is not None:
-            part = slice_channels(self.bank, rows).flatten(1)
-            torch.mm(cast(kernel, flat.dtype).t(), flat, out=part)
-        if self.kernel is not None:
-            self.kernel += flat @ slice_channels(self.matrices, rows).flatten(1).t()
-
-    def gradients(self, x: Tensor | None, bank: Tensor) -> Gradients:
-        """All gradients, given that of x, if there is one, and the bank."""
-        channel = spatial = None
-        if self.scale is not None:
-            channel, spatial = column_scale_backward(self.scale, self.attentions)
-        grad_bank = None if self.bank is None else self.bank.view(bank.shape)
-        return Gradients(x, grad_bank, channel, self.filter, spatial, self.kernel)
+    if out is not None and kernel is None:
+        torch.sum(grad, 0, out=out.flatten())
+    elif out is not None and kernel is not None:
+        torch.mm(cast(kernel, grad.dtype).t(), grad, out=out.flatten(1))
+    if not needed.kernel or kernel is None:
+        return None
+    return cast(grad @ bank.flatten(1).t(), kernel.dtype)

@@ -12,28 +12,33 @@ from torch import Tensor
 from .attention import Attentions, cast
 from .cpu_blocks import (
     Block,
-    BlockGradients,
-    mix_rows,
+    mix,
+    mix_backward,
     output_blocks,
     product_in_workspace,
     rows_within,
-    slice_channels,
     workspace,
 )
 from .cpu_im2col import extract_patches
-from .formula import convolve_each_sample
+from .formula import per_channel
 from .implementation import (
+    CONV,
     Geometry,
     Gradients,
     Implementation,
     Needed,
     Problem,
+    add_bias,
     column_scale,
+    column_scale_backward,
     convolution_backward,
+    kernel_shapes,
 )
 
 # Memory of the kernels that are made at a time.
 BLOCK_BYTES = 24 << 20
+# Entries of a kernel up to which there is nothing to win by a choice.
+LEAST_LATE = 1 << 14
 # Output positions up to which the kernels' gradient is a product with the patches.
 MOST_PATCHES = 512
 
@@ -46,28 +51,19 @@ class CpuGroupedConv(Implementation):
         return None if problem.device == 'cpu' else f'the device is {problem.device}, not a CPU'
 
     @staticmethod
-    def forward(x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-        kernel_size, f = bank.shape[3:], attentions.filter
-        blocks = _blocks(x, bank, geometry)
-        matrices, scale = bank.flatten(2), column_scale(attentions, geometry.groups)
-        size = geometry.output_size(x.shape[2:], kernel_size)
-        # f scales whichever is smaller, the output or the kernels.
-        late, early = (f, None) if math.prod(size) < matrices.shape[2] else (None, f)
-        y = x.new_empty(x.shape[0], bank.shape[1], *size) if len(blocks) > 1 else None
-        for block in blocks:
-            kernels = _grouped(mix_rows(matrices, attentions.kernel, block.outputs), block)
-            # A mixture may be overwritten; without one these are rows of the bank itself.
-            out = None if attentions.kernel is None else kernels
-            kernels = _fold(kernels, scale, early, block, out)
-            part = _convolve(x, cast(kernels, x.dtype), kernel_size, geometry, block)
-            if late is not None:
-                rows = cast(slice_channels(late, block.outputs), x.dtype)
-                part.mul_(rows.view(*rows.shape, *(1,) * len(size)))
-            if y is None:
-                return part
-            y[:, block.outputs] = part
-        assert y is not None  # there is at least one block
-        return y
+    def forward(
+        x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        if x.shape[0] * (bank.nbytes // bank.shape[0]) <= BLOCK_BYTES:
+            return _forward(x, bank, attentions, bias, geometry)
+        size = geometry.output_size(x.shape[2:], bank.shape[3:])
+        y = x.new_empty(x.shape[0], bank.shape[1], *size)
+        for block in _blocks(x, bank, geometry):
+            rows, part = block.outputs, x[:, block.inputs]
+            y[:, rows] = _forward(
+                part, bank[:, rows], block.of(attentions), None, block.within(geometry)
+            )
+        return add_bias(y, bias)
 
     @staticmethod
     def backward(
@@ -78,28 +74,33 @@ class CpuGroupedConv(Implementation):
         geometry: Geometry,
         needed: Needed,
     ) -> Gradients:
+        grad, x = grad.contiguous(), x.contiguous()
+        grad_bank = torch.empty_like(bank) if needed.bank else None
         blocks = _blocks(x, bank, geometry)
-        matrices, scale = bank.flatten(2), column_scale(attentions, geometry.groups)
-        grads = BlockGradients(matrices, attentions, scale, needed)
-        grad_x = torch.zeros_like(x) if needed.x and len(blocks) > 1 else None
+        if len(blocks) == 1:
+            return _backward(grad, x, bank, attentions, geometry, needed, grad_bank)
+        zeros = [
+            torch.zeros_like(t) if t is not None and need else None
+            for t, need in zip((x, *attentions), (needed.x, *needed[2:]), strict=True)
+        ]
         for block in blocks:
-            mixed = _grouped(mix_rows(matrices, attentions.kernel, block.outputs), block)
-            kernels = _fold(mixed, scale, attentions.filter, block)
-            part_x, grad_kernels = _convolve_backward(
-                grad, x, cast(kernels, x.dtype), bank.shape[3:], geometry, block, needed
+            rows, reads = block.outputs, block.inputs
+            part = _backward(
+                grad[:, rows],
+                x[:, reads],
+                bank[:, rows],
+                block.of(attentions),
+                block.within(geometry),
+                needed,
+                None if grad_bank is None else grad_bank[:, rows],
             )
-            if grad_x is None:
-                grad_x = part_x
-            elif part_x is not None:
-                grad_x[:, block.inputs].add_(part_x)
-            if grad_kernels is None:
-                continue
-            grad_kernels = cast(grad_kernels, bank.dtype).view(-1, *mixed.shape[1:])
-            if needed.attentions:
-                _add_scales(grads, grad_kernels, mixed, scale, attentions.filter, block)
-            grad_mixed = _fold(grad_kernels, scale, attentions.filter, block, out=grad_kernels)
-            grads.add_mixture(grad_mixed.flatten(1, 2), block.outputs)
-        return grads.gradients(grad_x, bank)
+            parts = (part.x, *part[2:])
+            for total, some, own in zip(
+                zeros, (reads, reads, rows, None, None), parts, strict=True
+            ):
+                if total is not None and own is not None:
+                    (total if some is None else total[:, some]).add_(own)
+        return Gradients(zeros[0], grad_bank, *zeros[1:])
 
 
 def _blocks(x: Tensor, bank: Tensor, geometry: Geometry) -> tuple[Block, ...]:
@@ -107,73 +108,107 @@ def _blocks(x: Tensor, bank: Tensor, geometry: Geometry) -> tuple[Block, ...]:
     return output_blocks(x.shape[1], bank.shape[1], geometry.groups, rows)
 
 
-def _grouped(kernels: Tensor, block: Block) -> Tensor:
-    """(B, rows, columns) to (B, groups, rows of a group, columns)."""
-    groups = block.groups.stop - block.groups.start
-    return kernels.view(kernels.shape[0], groups, -1, kernels.shape[2])
-
-
-def _fold(
-    kernels: Tensor, scale: Tensor, f: Tensor | None, block: Block, out: Tensor | None = None
+def _forward(
+    x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """``kernels``, shape (B or 1, groups, rows of a group, columns), scaled by c ⊗ s and f."""
-    scale = _column_scale(scale, block, kernels.dtype)
-    if out is None:
-        out = workspace('kernels', (len(scale), *kernels.shape[1:]), kernels.dtype)
-    torch.mul(kernels, scale, out=out)
-    return out if f is None else out.mul_(_row_scale(f, block, out.dtype))
+    """y of one block."""
+    c, f, s, k = attentions
+    batch, groups, kernel_size = x.shape[0], geometry.groups, bank.shape[3:]
+    entries, late_f = bank.shape[1:].numel(), None
+    if entries >= LEAST_LATE:
+        # Maps that are smaller than the kernels are scaled in place of them.
+        if c is not None and s is None and x.shape[1:].numel() < entries:
+            x, c = x * per_channel(c, x), None
+        size = geometry.output_size(x.shape[2:], kernel_size)
+        if f is not None and math.prod(size) * bank.shape[1] < entries:
+            late_f, f = f, None
+    shapes = kernel_shapes(batch, groups, bank.shape)
+    kernels = mix(bank, k).view(shapes.kernels)
+    writable = k is not None  # without, it is the bank itself
+    scale = column_scale(c, s, shapes.channel, shapes.spatial)
+    for factor in (scale, None if f is None else f.view(shapes.filter)):
+        if factor is not None:
+            kernels, writable = _scaled(kernels, factor, batch, writable), True
+    kernels, conv = cast(kernels, x.dtype), CONV[len(kernel_size)]
+    weight = kernels if kernels.dim() == x.dim() else kernels.view(shapes.weight)
+    if batch == 1 or not writable:  # one kernel for all samples
+        early, bias = (None, bias) if late_f is not None or bias is None else (bias, None)
+        y = conv(x, weight, None if early is None else cast(early, x.dtype), *geometry)
+    elif groups == 1 and geometry.is_pointwise(kernel_size):
+        y = _products(x, kernels.flatten(2))
+    else:
+        batch_as_groups = x.reshape(1, -1, *x.shape[2:])
+        y = conv(batch_as_groups, weight, None, *geometry[:3], batch * groups)
+        y = y.view(batch, -1, *y.shape[2:])
+    if late_f is not None:
+        y.mul_(per_channel(late_f, y))
+    return add_bias(y, bias)
 
 
-def _column_scale(scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """c ⊗ s of a block's groups, shape (B, groups, 1, columns)."""
-    return cast(slice_channels(scale, block.groups).unsqueeze(2), dtype)
+def _scaled(kernels: Tensor, scale: Tensor, batch: int, writable: bool) -> Tensor:
+    """``kernels`` scaled for each sample, in place or in the workspace."""
+    scale = cast(scale, kernels.dtype)
+    if writable:
+        return kernels.mul_(scale)
+    shape = scale.shape[:1] + kernels.shape[1:] if batch > 1 else kernels.shape
+    return torch.mul(kernels, scale, out=workspace('kernels', shape, kernels.dtype))
 
 
-def _row_scale(f: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """f of a block's rows, shape (B, groups, rows of a group, 1)."""
-    groups = block.groups.stop - block.groups.start
-    return cast(slice_channels(f, block.outputs).reshape(len(f), groups, -1, 1), dtype)
+def _products(x: Tensor, matrices: Tensor) -> Tensor:
+    """Each sample's matrix, (B, C_out, C_in), at every position of x, in the layout of x."""
+    batch, _, *size = x.shape
+    if x.is_contiguous():
+        return torch.bmm(matrices, x.flatten(2)).view(batch, -1, *size)
+    y = torch.bmm(x.movedim(1, -1).flatten(1, -2), matrices.mT)
+    return y.view(batch, *size, -1).movedim(-1, 1)
 
 
-def _add_scales(
-    grads: BlockGradients,
-    grad_kernels: Tensor,
-    mixed: Tensor,
-    scale: Tensor,
-    f: Tensor | None,
-    block: Block,
-) -> None:
-    """Add what a block contributes to the gradients of c ⊗ s and f."""
-    assert grads.scale is not None  # the attentions' gradients are wanted
-    product = workspace('product', grad_kernels.shape, grad_kernels.dtype)
-    torch.mul(grad_kernels, mixed, out=product)
-    if f is None:
-        grads.scale[:, block.groups] += product.sum(2)
-        return
-    rows = _row_scale(f, block, product.dtype)
-    grads.scale[:, block.groups] += (rows.transpose(2, 3) @ product)[:, :, 0]
-    # A product with a single column would take many times as long.
-    product.mul_(_column_scale(scale, block, product.dtype))
-    assert grads.filter is not None
-    grads.filter[:, block.outputs] = product.sum(3).flatten(1)
-
-
-def _is_product(kernels: Tensor, kernel_size: torch.Size, geometry: Geometry) -> bool:
-    """Whether the convolution is one matrix product for each sample."""
-    return kernels.shape[1] == 1 and geometry.is_pointwise(kernel_size)
-
-
-def _convolve(
-    x: Tensor, kernels: Tensor, kernel_size: torch.Size, geometry: Geometry, block: Block
-) -> Tensor:
-    """Each sample with its own kernels, (B, groups, rows of a group, columns)."""
-    part = slice_channels(x, block.inputs)
-    if _is_product(kernels, kernel_size, geometry):
-        y = torch.bmm(kernels[:, 0], part.flatten(2))
-        return y.view(*y.shape[:2], *x.shape[2:])
-    groups, rows = kernels.shape[1:3]
-    weight = kernels.view(x.shape[0], groups * rows, -1, *kernel_size)
-    return convolve_each_sample(part, weight, geometry._replace(groups=groups))
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    geometry: Geometry,
+    needed: Needed,
+    grad_bank: Tensor | None,
+) -> Gradients:
+    """The gradients of one block; that of the bank is written into ``grad_bank``."""
+    c, f, s, k = attentions
+    batch, groups = x.shape[0], geometry.groups
+    shapes = kernel_shapes(batch, groups, bank.shape, every_dimension=True)
+    mixed = mix(bank, k).view(shapes.kernels)
+    scale = column_scale(c, s, shapes.channel, shapes.spatial)
+    rows = None if f is None else cast(f.view(shapes.filter), mixed.dtype)
+    kernels = mixed
+    for factor in (scale, rows):
+        if factor is not None:
+            kernels = _scaled(kernels, factor, batch, writable=kernels is not mixed)
+    grad_x, grad_kernels = _convolve_backward(
+        grad, x, cast(kernels, x.dtype), bank.shape[3:], geometry, needed
+    )
+    if grad_kernels is None:
+        return Gradients(grad_x)
+    grad_kernels = cast(grad_kernels, bank.dtype).view(-1, *mixed.shape[1:])
+    channel = grad_filter = spatial = None
+    if needed.channel or needed.filter or needed.spatial:
+        product = workspace('product', grad_kernels.shape, grad_kernels.dtype)
+        torch.mul(grad_kernels, mixed, out=product)
+        if needed.channel or needed.spatial:
+            columns = product.flatten(3)
+            summed = columns.sum(2) if rows is None else rows.flatten(2).unsqueeze(2) @ columns
+            summed = summed.view(batch, -1, bank.shape[3:].numel())
+            channel, spatial = column_scale_backward(summed, attentions, needed)
+        if needed.filter and f is not None:
+            # A product with a single column would take many times as long.
+            product = product if scale is None else product.mul_(cast(scale, product.dtype))
+            grad_filter = cast(product.flatten(3).sum(3).flatten(1), f.dtype)
+    kernel = None
+    if needed.bank or needed.kernel:
+        for factor in (scale, rows):
+            if factor is not None:
+                grad_kernels.mul_(cast(factor, grad_kernels.dtype))
+        kernel = mix_backward(grad_kernels.flatten(1), bank, k, needed, grad_bank)
+    return Gradients(grad_x, grad_bank, channel, grad_filter, spatial, kernel)
 
 
 def _convolve_backward(
@@ -182,33 +217,33 @@ def _convolve_backward(
     kernels: Tensor,
     kernel_size: torch.Size,
     geometry: Geometry,
-    block: Block,
     needed: Needed,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the input channels that a block reads, and of its kernels."""
-    batch, groups = kernels.shape[:2]
-    grad, part = slice_channels(grad, block.outputs), slice_channels(x, block.inputs)
-    kernels_needed = needed.bank or needed.attentions
-    by_product = _is_product(kernels, kernel_size, geometry)
-    by_patches = groups == 1 and math.prod(grad.shape[2:]) <= MOST_PATCHES
-    grad_kernels = None
+    """The gradients of the input and of the samples' kernels."""
+    samples, groups, of_group, reads, *_ = kernels.shape
+    grad_x = grad_kernels = None
+    kernels_needed = needed.kernels
+    single = samples < x.shape[0]  # one kernel for all samples
+    by_product = not single and groups == 1 and geometry.is_pointwise(kernel_size)
+    by_patches = not single and groups == 1 and grad.shape[2:].numel() <= MOST_PATCHES
     if kernels_needed and (by_product or by_patches):
-        patches = part if by_product else extract_patches(part, kernel_size, geometry)
-        columns = patches.reshape(batch, kernels.shape[3], -1)
+        patches = x if by_product else extract_patches(x, kernel_size, geometry)
+        columns = patches.reshape(samples, kernels[0, 0, 0].numel(), -1)
         grad_kernels = product_in_workspace('gradient', grad.flatten(2), columns.mT)
         kernels_needed = False
     if by_product:
-        grad_x = torch.bmm(kernels[:, 0].mT, grad.flatten(2)) if needed.x else None
+        if needed.x:
+            matrices = kernels.view(samples, of_group, reads)
+            grad_x = torch.bmm(matrices.mT, grad.flatten(2)).view(x.shape)
     elif needed.x or kernels_needed:
-        grad_x, conv_kernels = convolution_backward(
-            grad.reshape(1, -1, *grad.shape[2:]),
-            part.reshape(1, -1, *part.shape[2:]),
-            kernels.reshape(-1, part.shape[1] // groups, *kernel_size),
-            geometry._replace(groups=batch * groups),
-            needed.x,
-            kernels_needed,
+        if not single:
+            x_shape = x.shape
+            grad = grad.reshape(1, -1, *grad.shape[2:])
+            x = x.reshape(1, -1, *x.shape[2:])
+            geometry = geometry._replace(groups=samples * groups)
+        conv_x, conv_kernels = convolution_backward(
+            grad, x, kernels.reshape(-1, reads, *kernel_size), geometry, needed.x, kernels_needed
         )
+        grad_x = conv_x if single or conv_x is None else conv_x.view(x_shape)
         grad_kernels = conv_kernels if kernels_needed else grad_kernels
-    else:
-        grad_x = None
-    return None if grad_x is None else grad_x.view(part.shape), grad_kernels
+    return grad_x, grad_kernels

@@ -17,14 +17,23 @@ from torch import Tensor
 from .attention import Attentions, cast
 from .cpu_blocks import (
     Block,
-    BlockGradients,
-    mix_rows,
+    mix,
+    mix_backward,
     output_blocks,
     product_in_workspace,
     rows_within,
     workspace,
 )
-from .implementation import Geometry, Gradients, Implementation, Needed, Problem, column_scale
+from .implementation import (
+    Geometry,
+    Gradients,
+    Implementation,
+    Needed,
+    Problem,
+    add_bias,
+    column_scale,
+    column_scale_backward,
+)
 
 # Memory of the mixtures that are made at a time. A single sample reads its kernels once in any
 # case, so larger blocks with fewer calls are faster there.
@@ -40,21 +49,22 @@ class CpuIm2col(Implementation):
         return None if problem.device == 'cpu' else f'the device is {problem.device}, not a CPU'
 
     @staticmethod
-    def forward(x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-        matrices, f = bank.flatten(2), attentions.filter
-        scale = column_scale(attentions, geometry.groups)
+    def forward(
+        x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        x, f = x.contiguous(), attentions.filter
         patches = extract_patches(x, bank.shape[3:], geometry)
-        columns = scale_patches(patches, scale)
+        columns = scale_patches(patches, patch_scale(patches, attentions), geometry)
         y = x.new_empty(x.shape[0], bank.shape[1], columns.shape[-1])
         for block in _blocks(x, bank, geometry):
             rows = block.outputs
-            mixed = cast(mix_rows(matrices, attentions.kernel, rows), x.dtype)
-            part = mixed @ columns[:, block.groups.start]
+            mixed = cast(_mixed(bank, attentions, block), x.dtype)
+            part = mixed @ columns[:, block.inputs.start // bank.shape[2]]
             if f is None:
                 y[:, rows] = part
             else:
                 torch.mul(part, cast(f[:, rows, None], x.dtype), out=y[:, rows])
-        return y.view(*y.shape[:2], *patches.shape[bank.dim() - 1 :])
+        return add_bias(y.view(*y.shape[:2], *patches.shape[bank.dim() - 1 :]), bias)
 
     @staticmethod
     def backward(
@@ -65,39 +75,51 @@ class CpuIm2col(Implementation):
         geometry: Geometry,
         needed: Needed,
     ) -> Gradients:
-        matrices = bank.flatten(2)
-        scale = column_scale(attentions, geometry.groups)
+        x, grad = x.contiguous(), grad.contiguous().flatten(2)
+        f, k = attentions.filter, attentions.kernel
         patches = extract_patches(x, bank.shape[3:], geometry)
-        columns = scale_patches(patches, scale)
-        grad = grad.flatten(2)
-        grads = BlockGradients(matrices, attentions, scale, needed)
-        grad_columns = torch.zeros_like(columns) if needed.x or needed.attentions else None
+        scale = patch_scale(patches, attentions)
+        columns = scale_patches(patches, scale, geometry)
+        grad_bank = torch.empty_like(bank) if needed.bank else None
+        grad_f = torch.zeros_like(f) if needed.filter and f is not None else None
+        grad_k = torch.zeros_like(k) if needed.kernel and k is not None else None
+        columns_needed = needed.x or needed.channel or needed.spatial
+        grad_columns = torch.zeros_like(columns) if columns_needed else None
         for block in _blocks(x, bank, geometry):
-            rows, group = block.outputs, block.groups.start
-            mixed = mix_rows(matrices, attentions.kernel, rows)
-            f = None if attentions.filter is None else attentions.filter[:, rows, None]
+            rows, group = block.outputs, block.inputs.start // bank.shape[2]
+            mixed = _mixed(bank, attentions, block)
+            f_rows = None if f is None else f[:, rows, None]
             grad_rows = grad[:, rows]
-            if needed.bank or needed.attentions:
+            if needed.bank or needed.filter or needed.kernel:
                 # The gradient of the mixture, but for f.
                 grad_mixed = product_in_workspace('gradient', grad_rows, columns[:, group].mT)
                 grad_mixed = cast(grad_mixed, mixed.dtype)
-                if grads.filter is not None:
+                if grad_f is not None:
                     product = workspace('product', grad_mixed.shape, grad_mixed.dtype)
-                    grads.filter[:, rows] = torch.mul(grad_mixed, mixed, out=product).sum(2)
-                if f is not None:
-                    grad_mixed *= cast(f, grad_mixed.dtype)
-                grads.add_mixture(grad_mixed, rows)
+                    grad_f[:, rows] = torch.mul(grad_mixed, mixed, out=product).sum(2)
+                if f_rows is not None:
+                    grad_mixed *= cast(f_rows, grad_mixed.dtype)
+                out = None if grad_bank is None else grad_bank[:, rows]
+                part = mix_backward(grad_mixed.flatten(1), bank[:, rows], k, needed, out)
+                if grad_k is not None and part is not None:
+                    grad_k += part
             if grad_columns is not None:
-                if f is not None:
-                    grad_rows = grad_rows * cast(f, grad_rows.dtype)
+                if f_rows is not None:
+                    grad_rows = grad_rows * cast(f_rows, grad_rows.dtype)
                 kernels = cast(mixed, x.dtype).expand(x.shape[0], -1, -1)
                 grad_columns[:, group].baddbmm_(kernels.mT, grad_rows)
-        grad_x = None
+        grad_x = channel = spatial = None
         if grad_columns is not None:
-            grad_x, grads.scale = scale_patches_backward(
-                grad_columns, patches, scale, x, geometry, needed
+            grad_x, channel, spatial = scale_patches_backward(
+                grad_columns, patches, scale, x, attentions, geometry, needed
             )
-        return grads.gradients(grad_x, bank)
+        return Gradients(grad_x, grad_bank, channel, grad_f, spatial, grad_k)
+
+
+def _mixed(bank: Tensor, attentions: Attentions, block: Block) -> Tensor:
+    """The mixtures of a block's rows, shape (B or 1, rows, columns of the kernel matrix)."""
+    part = bank[:, block.outputs]
+    return mix(part, attentions.kernel).view(-1, part.shape[1], part[0, 0].numel())
 
 
 def _blocks(x: Tensor, bank: Tensor, geometry: Geometry) -> tuple[Block, ...]:
@@ -144,36 +166,59 @@ def extract_patches_backward(grad: Tensor, x: Tensor, geometry: Geometry) -> Ten
     return padded[(every, every, *inner)]
 
 
-def scale_patches(patches: Tensor, scale: Tensor) -> Tensor:
+def patch_scale(patches: Tensor, attentions: Attentions) -> Tensor | None:
+    """c ⊗ s, shaped to multiply ``patches``, in their type; None where both are absent."""
+    batch, channels, ndim = *patches.shape[:2], patches.dim() // 2 - 1
+    ones = (1,) * ndim
+    scale = column_scale(
+        attentions.channel,
+        attentions.spatial,
+        (batch, channels, *ones, *ones),
+        (batch, 1, *patches.shape[2 : 2 + ndim], *ones),
+    )
+    return None if scale is None else cast(scale, patches.dtype)
+
+
+def scale_patches(patches: Tensor, scale: Tensor | None, geometry: Geometry) -> Tensor:
     """The patches scaled by c ⊗ s, with one column for each output position.
 
     Args:
         patches (Tensor): Shape (B, C_in, *kernel_size, *output size).
-        scale (Tensor): c ⊗ s, shape (B, groups, columns of the kernel matrix).
+        scale (Tensor, optional): c ⊗ s, as :func:`patch_scale` gives it.
+        geometry (Geometry): Geometry of the convolution.
 
     Returns:
         Tensor: Shape (B, groups, columns of the kernel matrix, output positions).
     """
     # A new tensor of its own: a product would follow the strides of the overlapping patches.
     columns = patches.new_empty(patches.shape)
-    torch.mul(patches, per_patch(scale, patches), out=columns)
-    return columns.view(*scale.shape, -1)
+    if scale is None:
+        columns.copy_(patches)
+    else:
+        torch.mul(patches, scale, out=columns)
+    positions = patches.shape[patches.dim() // 2 + 1 :].numel()
+    return columns.view(patches.shape[0], geometry.groups, -1, positions)
 
 
 def scale_patches_backward(
-    grad: Tensor, patches: Tensor, scale: Tensor, x: Tensor, geometry: Geometry, needed: Needed
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of c ⊗ s from that of :func:`scale_patches`, which is overwritten."""
-    grad_scale = None
-    if needed.attentions:
-        grad_scale = cast((grad * patches.reshape(grad.shape)).sum(3), scale.dtype)
+    grad: Tensor,
+    patches: Tensor,
+    scale: Tensor | None,
+    x: Tensor,
+    attentions: Attentions,
+    geometry: Geometry,
+    needed: Needed,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, c and s from that of :func:`scale_patches`, which is overwritten."""
+    channel = spatial = None
+    if needed.channel or needed.spatial:
+        ndim = x.dim() - 2
+        summed = (grad * patches.reshape(grad.shape)).sum(3)
+        summed = summed.view(x.shape[0], x.shape[1], patches.shape[2 : 2 + ndim].numel())
+        channel, spatial = column_scale_backward(summed, attentions, needed)
     if not needed.x:
-        return None, grad_scale
-    grad *= cast(scale[..., None], grad.dtype)
-    return extract_patches_backward(grad.view(patches.shape), x, geometry), grad_scale
-
-
-def per_patch(scale: Tensor, patches: Tensor) -> Tensor:
-    """``scale``, shaped to multiply ``patches``, in their type."""
-    ndim = patches.dim() // 2 - 1
-    return cast(scale.reshape(*patches.shape[: 2 + ndim], *(1,) * ndim), patches.dtype)
+        return None, channel, spatial
+    grad = grad.view(patches.shape)
+    if scale is not None:
+        grad *= scale
+    return extract_patches_backward(grad, x, geometry), channel, spatial

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from .attention import Attentions, cast
-from .cpu_im2col import extract_patches, per_patch, scale_patches_backward
+from .cpu_im2col import extract_patches, patch_scale, scale_patches_backward
 from .implementation import (
     Geometry,
     Gradients,
     Implementation,
     Needed,
     Problem,
-    column_scale,
-    column_scale_backward,
+    add_bias,
 )
 
 
@@ -32,9 +31,11 @@ class CpuIm2colSingleKernel(Implementation):
         return None
 
     @staticmethod
-    def forward(x: Tensor, bank: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-        patches = extract_patches(x, bank.shape[3:], geometry)
-        columns = _side_by_side(patches, column_scale(attentions, geometry.groups))
+    def forward(
+        x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        patches = extract_patches(x.contiguous(), bank.shape[3:], geometry)
+        columns = _side_by_side(patches, patch_scale(patches, attentions), geometry)
         products = torch.bmm(_matrices(bank, geometry, x.dtype), columns)
         y = x.new_empty(x.shape[0], bank.shape[1], *patches.shape[bank.dim() - 1 :])
         flat = y.flatten(2)
@@ -43,7 +44,7 @@ class CpuIm2colSingleKernel(Implementation):
             flat.copy_(products)
         else:
             torch.mul(products, cast(attentions.filter[..., None], y.dtype), out=flat)
-        return y
+        return add_bias(y, bias)
 
     @staticmethod
     def backward(
@@ -54,11 +55,11 @@ class CpuIm2colSingleKernel(Implementation):
         geometry: Geometry,
         needed: Needed,
     ) -> Gradients:
+        x, grad = x.contiguous(), grad.contiguous().flatten(2)
         patches = extract_patches(x, bank.shape[3:], geometry)
-        scale = column_scale(attentions, geometry.groups)
-        columns = _side_by_side(patches, scale)
+        scale, f = patch_scale(patches, attentions), attentions.filter
+        columns = _side_by_side(patches, scale, geometry)
         matrices = _matrices(bank, geometry, x.dtype)
-        grad, f = grad.flatten(2), attentions.filter
         # In the layout of a product with `columns`.
         grad_products = grad.new_empty(grad.shape[1], grad.shape[0], grad.shape[2])
         if f is None:
@@ -71,17 +72,15 @@ class CpuIm2colSingleKernel(Implementation):
         if needed.bank:
             product = torch.bmm(grad_products, columns.mT)
             grad_bank = cast(product, bank.dtype).view(bank.shape)
-        if needed.attentions and f is not None:
+        if needed.filter and f is not None:
             products = _by_sample(torch.bmm(matrices, columns), grad)
             grad_filter = cast((products * grad).sum(2), f.dtype)
-        if needed.x or needed.attentions:
+        if needed.x or needed.channel or needed.spatial:
             grad_columns = torch.bmm(matrices.mT, grad_products)
             by_sample = grad_columns.view(*grad_columns.shape[:2], x.shape[0], -1)
-            grad_x, grad_scale = scale_patches_backward(
-                by_sample.permute(2, 0, 1, 3), patches, scale, x, geometry, needed
+            grad_x, channel, spatial = scale_patches_backward(
+                by_sample.permute(2, 0, 1, 3), patches, scale, x, attentions, geometry, needed
             )
-            if grad_scale is not None:
-                channel, spatial = column_scale_backward(grad_scale, attentions)
         return Gradients(grad_x, grad_bank, channel, grad_filter, spatial)
 
 
@@ -90,13 +89,17 @@ def _matrices(bank: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     return cast(bank.view(geometry.groups, bank.shape[1] // geometry.groups, -1), dtype)
 
 
-def _side_by_side(patches: Tensor, scale: Tensor) -> Tensor:
+def _side_by_side(patches: Tensor, scale: Tensor | None, geometry: Geometry) -> Tensor:
     """Patches scaled by c ⊗ s, shape (groups, columns of the kernel matrix, B · positions)."""
     ndim = patches.dim() // 2 - 1
     kernel, size = patches.shape[1 : 2 + ndim], patches.shape[2 + ndim :]
     columns = patches.new_empty(*kernel, patches.shape[0], *size)
-    torch.mul(patches, per_patch(scale, patches), out=columns.movedim(1 + ndim, 0))
-    return columns.view(*scale.shape[1:], -1)
+    by_sample = columns.movedim(1 + ndim, 0)
+    if scale is None:
+        by_sample.copy_(patches)
+    else:
+        torch.mul(patches, scale, out=by_sample)
+    return columns.view(geometry.groups, kernel.numel() // geometry.groups, -1)
 
 
 def _by_sample(products: Tensor, like: Tensor) -> Tensor:

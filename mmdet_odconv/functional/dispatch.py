@@ -76,6 +76,11 @@ def record_strategies() -> Iterator[list[Choice]]:
         _records[:] = [other for other in _records if other is not record]
 
 
+def recording() -> bool:
+    """Whether anybody records strategies."""
+    return bool(_records)
+
+
 def record(input_shape: torch.Size, bank_shape: torch.Size, training: bool, strategy: str) -> None:
     """Add a choice to the lists of :func:`record_strategies`."""
     for choices in _records:

@@ -18,7 +18,7 @@ from .cpu_grouped_conv import MOST_PATCHES
 from .cpu_im2col import extract_patches
 from .formula import convolve_each_sample
 from .implementation import Geometry, convolution_backward, resolve_geometry
-from .operator import _memory_format, convolution_dtype, is_batched, needs_plain_operations
+from .operator import convolution_dtype, is_batched, laid_out_as, needs_plain_operations
 
 
 def dynamic_conv(
@@ -115,8 +115,7 @@ class _Call(NamedTuple):
                 'arguments: pass it with the sources or modulators'
             )
         with torch.no_grad(), without_autocast(x.device.type):
-            y = _convolve(x.contiguous(), kernels, geometry)
-            return y.contiguous(memory_format=_memory_format(tensors[0]))
+            return laid_out_as(tensors[0], _convolve(x.contiguous(), kernels, geometry))
 
     def backward(
         self, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attentions
+from .attention import Attentions, cast
 from .implementation import CONV, Geometry
 
 
@@ -25,10 +25,12 @@ def odconv_formula(
     """Compute y. The shapes are those of :func:`~mmdet_odconv.functional.odconv`."""
     c, f, s, k = attentions
     kernels = mix_kernel_bank(bank, s, k).to(x.dtype)
-    y = convolve_each_sample(x * _per_channel(c, x), kernels, geometry)
+    if c is not None:
+        x = x * per_channel(c, x)
+    y = convolve_each_sample(x, kernels, geometry)
     if f is not None:
-        y = y * _per_channel(f, y)
-    return y if bias is None else y + _per_channel(bias[None], y)
+        y = y * per_channel(f, y)
+    return y if bias is None else y + per_channel(bias[None], y)
 
 
 def mix_kernel_bank(bank: Tensor, spatial: Tensor | None, kernel: Tensor | None) -> Tensor:
@@ -109,6 +111,6 @@ def multiply_patches(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     return y.reshape(batch, c_out, *size)
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
     """``values`` (B, C), shaped to scale ``like`` (B, C, *size), in its type."""
-    return values.to(like.dtype).reshape(*values.shape, *(1,) * (like.dim() - 2))
+    return cast(values, like.dtype).reshape(*values.shape, *(1,) * (like.dim() - 2))

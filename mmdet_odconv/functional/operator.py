@@ -13,15 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..compat import (
-    COMPILED_OPERATOR,
-    autocast_dtype,
-    is_compiling,
-    not_compiled,
-    without_autocast,
-)
+from ..compat import COMPILED_OPERATOR, autocast_dtype, is_compiling, not_compiled, without_autocast
 from .attention import Attentions, cast
-from .dispatch import check_strategy, pick, record
+from .dispatch import check_strategy, pick, record, recording
 from .formula import odconv_formula
 from .implementation import Geometry, Gradients, Implementation, Needed, resolve_geometry
 
@@ -66,20 +60,49 @@ def odconv(
             dilation is out of its range, or the strategy is unknown or cannot be used here.
     """
     geometry, uneven = resolve_geometry(bank.shape[3:], stride, padding, dilation, groups)
-    x = cast(x, convolution_dtype(x, bank))
+    dtype = convolution_dtype(x, bank)
     _check_shapes(x, bank, attentions, bias, groups)
-    if attentions.spatial is None:
-        attentions = attentions._replace(spatial=_spatial_ones(x, bank))
     if uneven:
         x = F.pad(x, uneven)
-    if _becomes_one_call(strategy):
-        check_strategy(strategy, len(bank))
-        training = _needs_gradients(x, bank, *attentions, bias)
-        return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
-    if needs_plain_operations(x, bank):
-        check_strategy(strategy, len(bank))
-        return odconv_formula(x, bank, attentions, bias, geometry)
+    plain = needs_plain_operations(x, bank)
+    return odconv_unchecked(cast(x, dtype), bank, attentions, bias, geometry, strategy, plain)
+
+
+def odconv_unchecked(
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None,
+    geometry: Geometry,
+    strategy: str,
+    plain: bool,
+) -> Tensor:
+    """:func:`odconv` for a caller that has checked and resolved its arguments.
+
+    Args:
+        x, bank, attentions, bias, strategy: As in :func:`odconv`; x has the type of
+            :func:`convolution_dtype`.
+        geometry (Geometry): Geometry of the convolution.
+        plain (bool): What :func:`needs_plain_operations` says of x and the bank.
+    """
+    if plain:
+        return _in_plain_operations(x, bank, attentions, bias, geometry, strategy)
     return _call(x, bank, attentions, bias, geometry, strategy)
+
+
+def _in_plain_operations(
+    x: Tensor,
+    bank: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None,
+    geometry: Geometry,
+    strategy: str,
+) -> Tensor:
+    check_strategy(strategy, bank.shape[0])
+    if _becomes_one_call(strategy):
+        training = _needs_gradients(x, bank, attentions, bias)
+        return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
+    return odconv_formula(x, bank, attentions, bias, geometry)
 
 
 @not_compiled
@@ -92,7 +115,7 @@ def _call(
     strategy: str,
 ) -> Tensor:
     bank = bank.contiguous()
-    training = _needs_gradients(x, bank, *attentions, bias)
+    training = _needs_gradients(x, bank, attentions, bias)
     implementation = _choose(strategy, x, bank, geometry, training)
     if implementation is None:
         return odconv_formula(x, bank, attentions, bias, geometry)
@@ -154,12 +177,6 @@ def _check_shapes(
         raise ValueError(f'the bias must have shape {(c_out,)}, got {tuple(bias.shape)}')
 
 
-def _spatial_ones(x: Tensor, bank: Tensor) -> Tensor | None:
-    """What the implementations take for an absent spatial attention."""
-    positions = math.prod(bank.shape[3:])
-    return None if positions == 1 else x.new_ones(x.shape[0], positions, dtype=bank.dtype)
-
-
 def _becomes_one_call(strategy: str) -> bool:
     """Whether torch.compile is to put the operator as a whole into its graph."""
     return (
@@ -170,20 +187,22 @@ def _becomes_one_call(strategy: str) -> bool:
     )
 
 
-def needs_plain_operations(*tensors: Tensor) -> bool:
+def needs_plain_operations(x: Tensor, *others: Tensor) -> bool:
     """Whether something follows the operations one by one, or there is nothing to compute.
 
     That is: tracing, a function transform (``torch.func``), forward-mode derivatives, tensors
     without memory (meta, fake) or of another class (DTensor), complex numbers, an empty batch.
     """
-    x = tensors[0]
+    for tensor in others:
+        if type(tensor) not in _ORDINARY:
+            return True
     return (
-        x.shape[0] == 0
-        or any(type(tensor) not in _ORDINARY for tensor in tensors)
+        is_compiling()
+        or type(x) not in _ORDINARY
+        or x.shape[0] == 0
         or x.is_meta
         or x.is_complex()
-        or is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -191,12 +210,18 @@ def needs_plain_operations(*tensors: Tensor) -> bool:
 
 def is_batched(grad: Tensor) -> bool:
     """Whether ``grad`` is one of a vmap's, either of today's or of autograd's older one."""
-    return 'Batched' in str(torch._C._dispatch_keys(grad))
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
-def _needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows a function of ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_gradients(x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None) -> bool:
+    """Whether autograd follows a function of these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in (x, bank, *attentions, bias):
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _choose(
@@ -205,8 +230,9 @@ def _choose(
     """The implementation for a call, None for the formula, also entered into the records."""
     shapes = x.shape, bank.shape, bank.element_size()
     implementation = pick(strategy, x.device.type, *shapes, geometry, training)
-    name = 'reference' if implementation is None else implementation.name
-    record(x.shape, bank.shape, training, name)
+    if recording():
+        name = 'reference' if implementation is None else implementation.name
+        record(x.shape, bank.shape, training, name)
     return implementation
 
 
@@ -218,11 +244,15 @@ def _forward(
     geometry: Geometry,
     implementation: type[Implementation],
 ) -> Tensor:
-    with without_autocast(x.device.type):
-        y = implementation.forward(x.contiguous(), bank, attentions, geometry)
-        if bias is not None:
-            y.add_(bias.view(-1, *(1,) * (y.dim() - 2)))
-    return y.contiguous(memory_format=_memory_format(x))
+    memory_format = _memory_format(x)
+    if memory_format is None:
+        x, memory_format = x.contiguous(), torch.contiguous_format
+    if autocast_dtype(x.device.type) is None:
+        y = implementation.forward(x, bank, attentions, bias, geometry)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = implementation.forward(x, bank, attentions, bias, geometry)
+    return y.contiguous(memory_format=memory_format)
 
 
 def _backward(
@@ -232,29 +262,29 @@ def _backward(
     attentions: Attentions,
     geometry: Geometry,
     implementation: type[Implementation],
-    needed: Sequence[bool],
+    needed: Needed,
 ) -> Gradients:
-    """The gradients of all inputs but the bias, of which ``needed`` says whether each is."""
+    """The gradients of all inputs but the bias."""
+    memory_format = _memory_format(x)
+    if memory_format is None:
+        x, memory_format = x.contiguous(), torch.contiguous_format
+    if _memory_format(grad) is None:
+        grad = grad.contiguous()
     with without_autocast(x.device.type):
-        grads = implementation.backward(
-            grad.contiguous(),
-            x.contiguous(),
-            bank,
-            attentions,
-            geometry,
-            Needed(needed[0], needed[1], any(needed[2:])),
-        )
+        grads = implementation.backward(grad, x, bank, attentions, geometry, needed)
     if grads.x is None:
         return grads
-    return grads._replace(x=grads.x.contiguous(memory_format=_memory_format(x)))
+    return grads._replace(x=grads.x.contiguous(memory_format=memory_format))
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if not x.is_contiguous():
-        for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-            if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
-                return memory_format
-    return torch.contiguous_format
+def _memory_format(x: Tensor) -> torch.memory_format | None:
+    """Contiguous, or the channels-last format that ``x`` has, or None for any other layout."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return None
 
 
 class _ODConv(torch.autograd.Function):
@@ -262,9 +292,10 @@ class _ODConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         bank: Tensor,
-        channel: Tensor,
+        channel: Tensor | None,
         filter_: Tensor | None,
         spatial: Tensor | None,
         kernel: Tensor | None,
@@ -273,15 +304,12 @@ class _ODConv(torch.autograd.Function):
         implementation: type[Implementation],
     ) -> Tensor:
         attentions = Attentions(channel, filter_, spatial, kernel)
+        ctx.save_for_backward(x, bank, *attentions)
+        ctx.geometry, ctx.implementation = geometry, implementation
+        ctx.bias_dtype = None if bias is None else bias.dtype
         y = _forward(x, bank, attentions, bias, geometry, implementation)
         # What follows may write into y, which autograd forbids for views made in a Function.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        bias, ctx.geometry, ctx.implementation = inputs[6:]
-        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -293,6 +321,7 @@ class _ODConv(torch.autograd.Function):
             # A second derivative, or a backward pass for many gradients at once.
             grads = _differentiable_backward(grad, inputs, ctx.geometry, needed)
         else:
+            needed = Needed(*needed)
             grads = _backward(
                 grad, x, bank, Attentions(*rest), ctx.geometry, ctx.implementation, needed
             )
@@ -322,6 +351,11 @@ def _differentiable_backward(
     ]
 
 
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the layout in which :func:`_forward` gives what it makes of ``x``."""
+    return y.contiguous(memory_format=_memory_format(x) or torch.contiguous_format)
+
+
 if COMPILED_OPERATOR:
     # What torch.compile puts into its graphs in place of the operations. An implementation is
     # picked when the graph runs, for the shapes of that time.
@@ -330,7 +364,7 @@ if COMPILED_OPERATOR:
     def _compiled_odconv(
         x: Tensor,
         bank: Tensor,
-        channel: Tensor,
+        channel: Tensor | None,
         filter_: Tensor | None,
         spatial: Tensor | None,
         kernel: Tensor | None,
@@ -355,7 +389,7 @@ if COMPILED_OPERATOR:
         grad: Tensor,
         x: Tensor,
         bank: Tensor,
-        channel: Tensor,
+        channel: Tensor | None,
         filter_: Tensor | None,
         spatial: Tensor | None,
         kernel: Tensor | None,
@@ -378,7 +412,7 @@ if COMPILED_OPERATOR:
                 for t, need in zip(inputs, needed, strict=True)
                 if need and t is not None
             ]
-        grads = _backward(grad, x, bank, attentions, geometry, implementation, needed)
+        grads = _backward(grad, x, bank, attentions, geometry, implementation, Needed(*needed))
         return [g for g, need in zip(grads, needed, strict=True) if need and g is not None]
 
     @_compiled_odconv.register_fake
@@ -386,13 +420,13 @@ if COMPILED_OPERATOR:
         geometry = Geometry(*args[5:9])
         size = geometry.output_size(x.shape[2:], bank.shape[3:])
         y = x.new_empty(x.shape[0], bank.shape[1], *size)
-        return y.contiguous(memory_format=_memory_format(x))
+        return laid_out_as(x, y)
 
     @_compiled_backward.register_fake
     def _(grad: Tensor, *args: Any) -> list[Tensor]:
         inputs, needed = args[:6], args[-1]
         return [
-            torch.empty_like(t, memory_format=_memory_format(t))
+            laid_out_as(t, t.new_empty(t.shape))
             for t, need in zip(inputs, needed, strict=True)
             if need
         ]

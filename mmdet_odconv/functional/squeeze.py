@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import at_least_float32
-from .operator import is_batched, needs_plain_operations
+from .attention import at_least_float32, cast
+from .operator import is_batched
+
+_POSITIONS = (2, 3, 4)  # the dimensions of x that are averaged over
 
 
-def squeeze(x: Tensor) -> tuple[Tensor, Tensor]:
+def squeeze(x: Tensor, plain: bool = False) -> tuple[Tensor, Tensor]:
     """``x`` and its average over all positions, for a layer that uses this ``x`` once.
 
     In the backward pass the gradient of the average, the same at all positions, is added in
@@ -19,41 +21,40 @@ def squeeze(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x (Tensor): Shape (B, C, *size).
+        plain (bool): Whether plain operations are needed. Default: False.
 
     Returns:
-        tuple[Tensor, Tensor]: ``x``, to be used once from here on, and the average, shape
-        (B, C, 1, ...), float32 or wider.
+        tuple[Tensor, Tensor]: ``x``, to be used once from here on, and the average, shape (B, C),
+        float32 or wider.
     """
-    if torch.is_grad_enabled() and x.requires_grad and not needs_plain_operations(x):
+    if not plain and torch.is_grad_enabled() and x.requires_grad:
         return _Squeeze.apply(x)
-    return x, _average(x)
+    return x, average(x)
 
 
-def _average(x: Tensor) -> Tensor:
-    return x.mean(tuple(range(2, x.dim())), keepdim=True, dtype=at_least_float32(x.dtype))
+def average(x: Tensor) -> Tensor:
+    """The average over all positions, from (B, C, *size) to (B, C), float32 or wider."""
+    return x.mean(_POSITIONS[: x.dim() - 2], dtype=at_least_float32(x.dtype))
 
 
 class _Squeeze(torch.autograd.Function):
     """The identity and the average, whose gradients are added up in place."""
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), _average(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return x.view_as(x), average(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_average: Tensor | None) -> Tensor | None:
         if grad_average is None:
             return grad
-        share = (grad_average / math.prod(ctx.shape[2:])).to(ctx.dtype)
+        share = cast(grad_average / math.prod(ctx.shape[2:]), ctx.dtype)
+        share = share.view(*share.shape, *(1,) * (len(ctx.shape) - 2))
         if grad is None:
             return share.expand(ctx.shape)
         # One that is expanded cannot be written.
-        writable = 0 not in grad.stride()
-        if torch.is_grad_enabled() or is_batched(grad) or not writable:
+        if torch.is_grad_enabled() or is_batched(grad) or 0 in grad.stride():
             return grad + share
         return grad.add_(share)

@@ -16,11 +16,18 @@ import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..compat import is_compiling, without_autocast
-from ..functional import Attentions, at_least_float32, sigmoid_attention, softmax_attention
+from ..compat import autocast_dtype, is_compiling
+from ..functional import Attentions, activate
 from ..functional.arguments import ArgumentError, check_integer, check_number, check_positive
 from ..functional.attention import cast
+from ..functional.squeeze import average
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_HEADS = tuple(f'{name}_fc' for name in Attentions._fields)
+# Entries of all heads above which one product is no faster than four: they would be copied first.
+_MOST_JOINED = 1 << 16
 
 
 class ODAttention(nn.Module):
@@ -100,12 +107,7 @@ class ODAttention(nn.Module):
                 f"kernel_activation must be 'softmax' or 'sigmoid', got {kernel_activation!r}"
             )
         _check_attentions(attentions, kernel_num)
-        softmax = kernel_activation == 'softmax'
-        self.kernel_sum = 1.0 if softmax else kernel_num / 2  # where its logits are 0
-        self._activations = (
-            *(sigmoid_attention,) * 3,
-            softmax_attention if softmax else sigmoid_attention,
-        )
+        self.kernel_activation = kernel_activation
         self.attention_init = attention_init
         self.attention_bias = check_number('attention_bias', attention_bias)
         self.initial_temperature = check_positive('temperature', temperature)
@@ -121,6 +123,7 @@ class ODAttention(nn.Module):
         if kernel_num > 1:
             sizes['kernel'] = kernel_num
         sizes = {name: size for name, size in sizes.items() if name in attentions}
+        self.sizes = tuple(sizes.get(name, 0) for name in Attentions._fields)
 
         width = in_channels
         if reduction is not None:
@@ -185,7 +188,8 @@ class ODAttention(nn.Module):
         product = 1.0
         for head in self._heads():
             if head is self.kernel_fc:
-                product *= self.kernel_sum
+                # A softmax sums to 1, and each of K sigmoids of a 0 is 1/2.
+                product *= 1.0 if self.kernel_activation == 'softmax' else self.sizes[3] / 2
             else:
                 product /= 1 + math.exp(-self.attention_bias / temperature)
         return product
@@ -202,50 +206,60 @@ class ODAttention(nn.Module):
         """The attentions of each sample, float32 or wider.
 
         Args:
-            x (Tensor): Feature maps, shape (B, C_in, *size).
+            x (Tensor): Feature maps, shape (B, C_in, *size), or their averages, shape (B, C_in).
         """
-        heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
-        some = next((head for head in heads if head is not None), None)
-        if some is None:
-            return Attentions(_ones(x))
-        dtype, t = some.weight.dtype, self.temperature
-        if x.shape[2:].numel() == 1:
-            h = x.flatten(1)
-        else:
-            h = x.mean(tuple(range(2, x.dim())), dtype=at_least_float32(dtype))
+        if not any(self.sizes):
+            return Attentions()
+        pooled = x if x.dim() == 2 else average(x)
         # The branch is cheap, and the sigmoids' arguments lose too much in half precision.
-        with without_autocast(x.device.type):
-            h = cast(h, dtype)
-            if self.fc is not None:
-                h = self._activate(self._normalise(self.fc(h)))
-            channel, filter_, spatial, kernel = (
-                None if head is None else activation(head(h), t)
-                for head, activation in zip(heads, self._activations, strict=True)
-            )
-        return Attentions(_ones(x) if channel is None else channel, filter_, spatial, kernel)
+        if autocast_dtype(x.device.type) is None:
+            logits = self._logits(pooled)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                logits = self._logits(pooled)
+        return activate(logits, self.sizes, self.temperature, self.kernel_activation)
 
     def _activate(self, h: Tensor) -> Tensor:
         return torch.relu(h)
 
-    def _heads(self) -> list['Pointwise']:
-        heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
-        return [head for head in heads if head is not None]
+    def _heads(self) -> list[Any]:
+        modules = self._modules
+        return [modules[name] for name in _HEADS if modules[name] is not None]
+
+    def _logits(self, pooled: Tensor) -> Tensor:
+        """The logits of all heads side by side, from averages (B, C_in)."""
+        heads, fc = self._heads(), self.fc
+        joined = _parameters_to_join(heads)
+        weight = heads[0].weight if joined is None else joined[0][0]
+        h = cast(pooled, weight.dtype)
+        if fc is not None:
+            h = self._activate(self._normalise(fc(h)))
+        if joined is None:
+            return torch.cat([head(h) for head in heads], 1)
+        weights, biases = joined
+        if len(heads) == 1:
+            return F.linear(h, weights[0].flatten(1), biases[0])
+        return F.linear(h, torch.cat(weights).flatten(1), torch.cat(biases))
 
     def _normalise(self, h: Tensor) -> Tensor:
         """``self.bn`` on h, shape (B, A), also where a BatchNorm has too few values."""
-        norm = self.bn
+        norm: Any = self._modules['bn']
+        if type(norm) is nn.Identity and _is_bare(norm):
+            return h
         if isinstance(norm, nn.Identity | nn.LayerNorm):
             return norm(h)
-        few = isinstance(norm, _BatchNorm) and norm.training and h.shape[0] < 4
-        if few and h.shape[0] > 1 and not is_compiling() and not _is_synchronised(norm):
-            warnings.warn(_FEW_SAMPLES, stacklevel=2)
-        if few and h.shape[0] < 2:
-            # One value has no variance: such a step uses the running statistics, untouched.
-            mean, var = norm.running_mean, norm.running_var
-            if mean is not None and not _is_synchronised(norm):
-                if h.shape[0] == 1 and not is_compiling():
+        if isinstance(norm, _BatchNorm):
+            few = norm.training and h.shape[0] < 4 and not _is_synchronised(norm)
+            if few and h.shape[0] > 1 and not is_compiling():
+                warnings.warn(_FEW_SAMPLES, stacklevel=2)
+            constant = not norm.training and type(norm) in _BATCH_NORMS and _is_bare(norm)
+            mean, var = norm._buffers['running_mean'], norm._buffers['running_var']
+            if mean is not None and (constant or (few and h.shape[0] < 2)):
+                # One value has no variance: such a step uses the statistics, untouched.
+                if not constant and h.shape[0] == 1 and not is_compiling():
                     warnings.warn(_SINGLE_SAMPLE, stacklevel=2)
-                return F.batch_norm(h, mean, var, norm.weight, norm.bias, eps=norm.eps)
+                weight, bias = norm._parameters['weight'], norm._parameters['bias']
+                return F.batch_norm(h, mean, var, weight, bias, eps=norm.eps)
         return norm(h.view(*h.shape, 1, 1)).flatten(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -371,9 +385,34 @@ def _check_attentions(attentions: Sequence[str], kernel_num: int) -> None:
         )
 
 
-def _ones(x: Tensor) -> Tensor:
-    """The channel attention where there is none."""
-    return x.new_ones(x.shape[:2], dtype=at_least_float32(x.dtype))
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is nothing but the ``forward`` of its class."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in module.__dict__
+    )
+
+
+def _parameters_to_join(heads: list[Any]) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The weights and biases for one product in place of the heads' calls.
+
+    None where a call may do more than the product (hooks, pruning, parametrizations, wrappers), or
+    where the copy that puts the weights together takes as long as the calls.
+    """
+    weights: list[Any] = []
+    biases: list[Any] = []
+    entries = 0
+    for head in heads:
+        if type(head) is not Pointwise or not _is_bare(head):
+            return None
+        weights.append(head._parameters['weight'])
+        biases.append(head._parameters['bias'])
+        entries += weights[-1].numel()
+    joined = entries <= _MOST_JOINED and not _has_any_global_hook()
+    return (weights, biases) if joined else None
 
 
 def _is_synchronised(norm: _BatchNorm) -> bool:

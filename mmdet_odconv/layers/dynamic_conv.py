@@ -197,7 +197,7 @@ class DynamicConvNd(nn.Module):
         raise NotImplementedError
 
     def squeeze(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x``, and its average over each image, shape (B, C_in, 1, ...), float32 or wider."""
+        """``x``, and its average over each image, shape (B, C_in), float32 or wider."""
         average = None if self.valid_sizes is None else self.valid_sizes.average(x)
         return squeeze(x) if average is None else (x, average)
 

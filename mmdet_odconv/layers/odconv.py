@@ -5,6 +5,7 @@ Paper: Omni-Dimensional Dynamic Convolution (https://openreview.net/forum?id=Dmp
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -18,14 +19,17 @@ from ..functional import (
     at_least_float32,
     bank_from_static_weight,
     check_strategy,
-    convolution_dtype,
-    odconv,
     squeeze,
 )
 from ..functional.arguments import ArgumentError, check_integer, check_number, check_sizes
+from ..functional.attention import cast
 from ..functional.implementation import resolve_geometry
+from ..functional.operator import convolution_dtype, needs_plain_operations, odconv_unchecked
 from .attention import ODAttention
 from .valid_pooling import ValidSizes
+
+# Of values and not of a layer, whose stride and padding may be changed.
+_resolved = lru_cache(maxsize=4096)(resolve_geometry)
 
 
 class _ODConvNd(nn.Module):
@@ -205,36 +209,37 @@ class _ODConvNd(nn.Module):
         if isinstance(x, fx.Proxy):
             # Like torch's own layers, this one is a leaf of a symbolic trace.
             return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
-        if x.dim() == self.ndim + 1:
+        if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
+            return self._forward_unbatched(x)
+        bank, pad_first = self.weight, self.padding_mode != 'zeros'
+        dtype = convolution_dtype(x, bank)  # refuses a wrong type before a norm sees the batch
+        plain = needs_plain_operations(x, bank)
+        pooled = None if self.valid_sizes is None else self.valid_sizes.average(x)
+        if pooled is None:
+            x, pooled = squeeze(x, plain)
+        attentions = self.attention(pooled)
+        geometry, widths = (resolve_geometry if plain else _resolved)(
+            self.kernel_size, self.stride, self.padding, self.dilation, self.groups, pad_first
+        )
+        if widths:
+            x = F.pad(x, widths, self.padding_mode if pad_first else 'constant')
+        return odconv_unchecked(
+            cast(x, dtype), bank, attentions, self.bias, geometry, self.strategy, plain
+        )
+
+    def _forward_unbatched(self, x: Tensor) -> Tensor:
+        """The output for a single sample; the words for what is neither that nor a batch."""
+        if x.dim() == self.ndim + 1 and x.shape[0] == self.in_channels:
             return self.forward(x[None])[0]
-        if x.dim() != self.ndim + 2:
-            raise ValueError(
-                f'{type(self).__name__} expects an input of {self.ndim + 2} dimensions '
-                f'(or {self.ndim + 1}, without the batch), got shape {tuple(x.shape)}'
-            )
-        if x.shape[1] != self.in_channels:
+        dims = (self.ndim + 1, self.ndim + 2)
+        if x.dim() in dims:
             raise ValueError(
                 f'{type(self).__name__} expects {self.in_channels} input channels, '
-                f'got {x.shape[1]} (shape {tuple(x.shape)})'
+                f'got {x.shape[-1 - self.ndim]} (shape {tuple(x.shape)})'
             )
-        convolution_dtype(x, self.weight)  # refuses a wrong type before a norm sees the batch
-        average = None if self.valid_sizes is None else self.valid_sizes.average(x)
-        if average is None:
-            x, average = squeeze(x)
-        attentions = self.attention(average)  # whose own average then has nothing to do
-        padding: Sequence[int] | str = self.padding
-        if self.padding_mode != 'zeros':
-            x, padding = F.pad(x, self._pad_widths(), mode=self.padding_mode), (0,) * self.ndim
-        return odconv(
-            x,
-            self.weight,
-            attentions,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.strategy,
+        raise ValueError(
+            f'{type(self).__name__} expects an input of {dims[1]} dimensions '
+            f'(or {dims[0]}, without the batch), got shape {tuple(x.shape)}'
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -341,19 +346,6 @@ class _ODConvNd(nn.Module):
             nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def _pad_widths(self) -> list[int]:
-        """The padding in ``F.pad``'s order: last dimension first, before and after."""
-        if self.padding == 'valid':
-            return [0] * 2 * self.ndim
-        widths: list[int] = []
-        for i in reversed(range(self.ndim)):
-            if isinstance(self.padding, str):
-                total = self.dilation[i] * (self.kernel_size[i] - 1)
-                widths += [total // 2, total - total // 2]
-            else:
-                widths += [self.padding[i]] * 2
-        return widths
 
     def _check_arguments(self) -> None:
         for name in ('in_channels', 'out_channels', 'groups'):

@@ -99,7 +99,7 @@ class ValidSizes:
             x (Tensor): Shape (B, C, H, W).
 
         Returns:
-            Tensor | None: Shape (B, C, 1, 1), float32 or wider.
+            Tensor | None: Shape (B, C), float32 or wider.
         """
         fractions = self._current()
         if fractions is None or len(fractions) != len(x):
@@ -111,7 +111,7 @@ class ValidSizes:
         weight = (rows / valid[:, :1])[:, :, None] * (columns / valid[:, 1:])[:, None]
         wide = x.to(at_least_float32(x.dtype))
         weight = weight.to(wide.device, wide.dtype)
-        return torch.einsum('bchw,bhw->bc', wide, weight)[:, :, None, None]
+        return torch.einsum('bchw,bhw->bc', wide, weight)
 
 
 class _Method:

@@ -42,9 +42,13 @@ OPTIONS = {
 }
 
 
-def problem(ndim=2, kernel_num=3, kernel=3, out_channels=6, batch=3, groups=1, dtype=DTYPE):
+def problem(
+    ndim=2, kernel_num=3, kernel=3, out_channels=6, batch=3, groups=1, dtype=DTYPE, channels=None
+):
     """Inputs of ``odconv``: x, bank and the four attentions."""
     c_in, positions = 4, kernel**ndim
+    if channels is not None:
+        c_in, out_channels = channels
     draw = lambda *shape: torch.rand(*shape, dtype=dtype)  # noqa: E731
     attentions = Attentions(
         draw(batch, c_in),
@@ -129,11 +133,47 @@ def test_takes_any_memory_layout(name, memory):
     torch.testing.assert_close(odconv(x, bank, attentions, padding=1, strategy=name), expected)
 
 
+@pytest.mark.parametrize('name', [*FAST, 'auto'])
+@pytest.mark.parametrize('absent', list(itertools.product([True, False], repeat=4)))
+@pytest.mark.parametrize(('kernel', 'size'), [(1, None), (3, None), (3, 1)])
+def test_an_absent_attention_is_1_everywhere(name, absent, kernel, size):
+    kernel_num = 1 if absent[3] or name == 'cpu_im2col_single_kernel' else 3
+    x, bank, attentions = problem(kernel_num=kernel_num, kernel=kernel, channels=(24, 32))
+    x = x if size is None else x[:, :, :size, :size]
+    there = Attentions(*(None if a else t for a, t in zip(absent, attentions, strict=True)))
+    ones = Attentions(
+        *(
+            t if t is None or t is a else torch.ones_like(t)
+            for a, t in zip(there, attentions, strict=True)
+        )
+    )
+    call = dict(padding=kernel // 2)
+    expected = outputs_and_gradients(x, bank, ones, **call, strategy='reference')
+    expected = [
+        e
+        for e, t in zip(
+            expected, (x, x, bank, *[t for t in attentions if t is not None]), strict=True
+        )
+        if not any(t is a and b is None for a, b in zip(attentions, there, strict=True))
+    ]
+    actual = outputs_and_gradients(x, bank, there, **call, strategy=name)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize('name', FAST)
-@pytest.mark.parametrize('wanted', list(itertools.product([True, False], repeat=3)))
-def test_computes_the_gradients_that_are_wanted(name, wanted):
-    x, bank, attentions = problem(kernel_num=1)
-    flags = (wanted[0], wanted[1], *(wanted[2],) * 4)
+@pytest.mark.parametrize(
+    'flags',
+    [
+        *(
+            (x, bank, *(attentions,) * 4)
+            for x, bank, attentions in itertools.product([True, False], repeat=3)
+        ),
+        *(tuple(i == j for j in range(6)) for i in range(2, 6)),
+    ],
+)
+def test_computes_the_gradients_that_are_wanted(name, flags):
+    kernel_num = 1 if name == 'cpu_im2col_single_kernel' else 3
+    x, bank, attentions = problem(kernel_num=kernel_num)
     results = []
     for strategy in ('reference', name):
         leaves = [
@@ -141,7 +181,7 @@ def test_computes_the_gradients_that_are_wanted(name, wanted):
             for t, flag in zip((x, bank, *attentions), flags, strict=True)
         ]
         y = odconv(leaves[0], leaves[1], Attentions(*leaves[2:]), padding=1, strategy=strategy)
-        if any(wanted):
+        if y.requires_grad:
             y.square().sum().backward()
         results.append([None if t is None else t.grad for t in leaves])
     for actual, expected in zip(*results, strict=True):
