@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -14,6 +15,7 @@ from mmdet_odconv.analysis import unwrapped
 from mmdet_odconv.checkpoint import Checkpoint, CheckpointFileError, latest_checkpoint
 from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
 from mmdet_odconv.hooks import CheckpointError, NonFiniteError
+from mmdet_odconv.layers import ODAttention
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,6 +119,26 @@ def warn_of_batch_size(runner: Runner, config: Config) -> None:
         )
 
 
+def warn_of_rates(runner: Runner, config: Config) -> None:
+    """Say so if SGD trains the attentions of ODConv layers at the rate of the weights."""
+    wrapper = config.get('optim_wrapper') or {}
+    paramwise = wrapper.get('paramwise_cfg') or {}
+    keys = ' '.join([*paramwise, *(paramwise.get('custom_keys') or {})])
+    if 'attention' in keys or '_fc' in keys or not _is_sgd(wrapper.get('optimizer') or {}):
+        return
+    if any(isinstance(module, ODAttention) for module in runner.model.modules()):
+        runner.logger.warning(
+            'Under SGD the attentions of ODConv layers train at the rate of all other weights, '
+            'with which the paper anneals their temperature and other detectors find little: set '
+            "optim_wrapper.constructor='ODConvOptimWrapperConstructor' and "
+            'optim_wrapper.paramwise_cfg.attention_lr_mult=0.1 (docs/recipes.md).'
+        )
+
+
+def _is_sgd(optimizer: dict[str, Any]) -> bool:
+    return optimizer.get('type') in ('SGD', torch.optim.SGD)
+
+
 def checked_runner(config: Config, start: str | None) -> Runner:
     """The runner of a config, once all checkpoints that it will load have been read.
 
@@ -140,6 +162,7 @@ def checked_runner(config: Config, start: str | None) -> Runner:
             f'There is nothing to resume in {config.work_dir}, so the training starts anew.'
         )
     warn_of_batch_size(runner, config)
+    warn_of_rates(runner, config)
     if checkpoint is not None:
         cli.require_weights(unwrapped(runner.model), checkpoint)
     if start is not None and 'runner_type' not in config:

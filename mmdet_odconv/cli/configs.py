@@ -18,8 +18,9 @@ from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
+from ..conversion.builder import build_odconv_model
 from .files import require_file, require_writable
-from .mistakes import mistakes_in_one_sentence
+from .mistakes import entries, mistakes_in_one_sentence
 
 # What starts the processes of each launcher, and a variable that it sets.
 _STARTED_BY = dict(
@@ -84,12 +85,20 @@ def _require_no_misspelt_key(path: str) -> None:
 
 
 def _require_no_near_key(config: Config, option: str, path: str) -> None:
-    """End the program if an override would add a key beside one of nearly its name.
+    """End the program if an override would add a key beside or above one of nearly its name.
 
     MMEngine adds it, and most parts that would read the right key go on without it.
     """
     node: Any = config._cfg_dict
     known = {*node, *_runner_keys()}
+    first, _, rest = option.partition('.')
+    below = [key for key, _ in entries(node) if key.endswith(f'.{first}')]
+    if first not in known and not difflib.get_close_matches(first, known, n=1, cutoff=0.85):
+        if first == 'odconv' and (node.get('model') or {}).get('type') == 'ODConvModel':
+            below.insert(0, 'model.odconv')
+        if below or rest:
+            right = f'; is it {".".join(filter(None, [below[0], rest]))}?' if below else ''
+            raise SystemExit(f'--cfg-options {option}: {path} has no {first}{right}')
     for i, key in enumerate(keys := option.split('.')):
         if not isinstance(node, dict):
             return
@@ -128,7 +137,7 @@ def runner_config(args: argparse.Namespace, *needed: str) -> Config:
 
 def shorten_report(config: Config) -> None:
     """Leave the table of the conversion to training, where it is news; here one line will do."""
-    if config.model.get('type') == 'ODConvModel':
+    if config.model.get('type') in ('ODConvModel', build_odconv_model):
         config.model.report = 'summary'
 
 

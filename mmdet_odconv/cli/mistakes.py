@@ -68,18 +68,22 @@ def _mistake(error: Exception, config: Config) -> str | None:
     if unknown:
         near = _is_it(unknown[1], _registered(unknown[2]))
         return f'there is no {unknown[2]} {unknown[1]!r}{near}'
+    if text.startswith('Cannot find None in registry'):  # of mmcv's builders, without the name
+        for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+            if isinstance(name := frame.f_locals.get('layer_type'), str):
+                return f'there is no layer {name!r}{_is_it(name, _registered("model"))}'
     if text == 'None is not a callable object':  # the optimizer, which no registry builds
         name = config.optim_wrapper.optimizer.type
         return f'there is no optimizer {name!r}{_is_it(name, _registered("optimizer"))}'
     if isinstance(error, TypeError):
         # Of PyTorch, which says neither the name nor the value of what is no number.
-        for key, value in _entries(config._cfg_dict):
+        for key, value in entries(config._cfg_dict):
             if isinstance(value, str) and re.search(r'(^|\.)optimizer\.(?!type$)\w+$', key):
                 return f'{key} must be a number, got {value!r}'
     argument = re.search(
         r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", text
     )
-    keys = {key.rpartition('.')[2] for key, _ in _entries(config._cfg_dict)}
+    keys = {key.rpartition('.')[2] for key, _ in entries(config._cfg_dict)}
     if argument and argument[2] in keys:
         near = _is_it(argument[2], sorted(keys - {argument[2]}))
         return f'{argument[1]} has no argument {argument[2]!r}{near}'
@@ -125,14 +129,15 @@ def _registered(kind: str) -> list[str]:
 
 
 def _is_it(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=2)
+    spelt = {each.lower(): each for each in names}
+    near = [spelt[each] for each in difflib.get_close_matches(name.lower(), spelt, n=2)]
     return f'; is it {" or ".join(near)}?' if near else ''
 
 
-def _entries(node: Any, start: str = '') -> Iterator[tuple[str, Any]]:
+def entries(node: Any, start: str = '') -> Iterator[tuple[str, Any]]:
     """All entries of a config with their dotted keys."""
     if isinstance(node, (list, tuple)):
         node = dict(enumerate(node))
     for key, value in node.items() if isinstance(node, dict) else ():
         yield f'{start}{key}', value
-        yield from _entries(value, f'{start}{key}.')
+        yield from entries(value, f'{start}{key}.')

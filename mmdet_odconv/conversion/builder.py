@@ -18,7 +18,7 @@ from .errors import ConversionError
 @MODELS.register_module(name='ODConvModel')
 def build_odconv_model(
     odconv: dict[str, Any] | None = None,
-    detector: str | None = None,
+    detector: str | type | None = None,
     model: dict[str, Any] | None = None,
     data_preprocessor: dict[str, Any] | nn.Module | None = None,
     attention_pool: str = 'all',
@@ -44,7 +44,7 @@ def build_odconv_model(
     Args:
         odconv (dict, optional): Arguments of :func:`~mmdet_odconv.convert_to_odconv`. Default:
             None, which means its defaults.
-        detector (str, optional): Type of the model. Default: the type in ``model``.
+        detector (str | type, optional): Type of the model. Default: the type in ``model``.
         model (dict, optional): Config of the model. Default: None, if ``fields`` are the whole
             config.
         data_preprocessor (dict | nn.Module, optional): The data preprocessor of the model, if its
@@ -62,8 +62,8 @@ def build_odconv_model(
     Raises:
         ValueError: Neither ``detector`` nor ``model`` says what to build, ``attention_pool`` is
             neither 'all' nor 'valid', or ``report`` is neither 'table' nor 'summary'.
-        ConversionError: A ValueError. The model has a field ``detector`` itself, like SoftTeacher
-            and the trackers, and needs the second form.
+        ConversionError: A ValueError. Nothing was converted, or the model has a field ``detector``
+            itself, like SoftTeacher and the trackers, and needs the second form.
     """
     if attention_pool not in ('all', 'valid'):
         raise ArgumentError(f"attention_pool must be 'all' or 'valid', got {attention_pool!r}")
@@ -71,9 +71,10 @@ def build_odconv_model(
         raise ArgumentError(f"report must be 'table' or 'summary', got {report!r}")
     config = {**(model or {}), **fields}
     if detector is not None:
-        if not isinstance(detector, str) or _has_detector_field(detector):
+        kind = DETECTORS.get(detector) if isinstance(detector, str) else detector
+        if isinstance(kind, dict | nn.Module) or _has_detector_field(kind):
             raise ConversionError(
-                f'{detector if isinstance(detector, str) else "this model"} has a field '
+                f'{getattr(kind, "__name__", "this model")} has a field '
                 "'detector' of its own, which detector=... of ODConvModel would hide; "
                 "wrap the whole config instead: model=dict(_delete_=True, type='ODConvModel', "
                 'model={{_base_.model}}, odconv=...)'
@@ -88,6 +89,12 @@ def build_odconv_model(
     # From this registry mmengine finds the models of the default scope, and mmdet's without one.
     built = DETECTORS.build(config)
     done = convert_to_odconv(built, **(odconv or {}))
+    if not done.converted and (odconv or {}).get('include', True):
+        reasons = ', '.join(f'{number} {reason}' for reason, number in done.reasons().items())
+        raise ConversionError(
+            f'nothing of {type(built).__name__} was converted, but kept were: {reasons}; if that '
+            'is right, set odconv=dict(include=[])'
+        )
     if attention_pool == 'valid':
         use_valid_pooling(built)
     text = f'\n{done}' if report == 'table' else f' {done.summary()}'
@@ -95,7 +102,6 @@ def build_odconv_model(
     return built
 
 
-def _has_detector_field(name: str) -> bool:
-    """Whether the model of this type takes an argument ``detector``."""
-    kind = DETECTORS.get(name)
+def _has_detector_field(kind: Any) -> bool:
+    """Whether a model of this type takes an argument ``detector``."""
     return kind is not None and 'detector' in inspect.signature(kind).parameters

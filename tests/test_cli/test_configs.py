@@ -35,11 +35,23 @@ def test_overrides_are_merged_and_bad_ones_refused():
         ('model.backbon.depth', 'model.backbone.depth'),
         ('model.bbox_head.num_clases', 'model.bbox_head.num_classes'),
         ('ramdomness.seed', 'randomness.seed'),
+        ('backbone.depth', 'model.backbone.depth'),
+        ('num_classes', 'model.bbox_head.num_classes'),
     ],
 )
 def test_an_override_that_is_nearly_a_key_is_refused(option, right):
     with pytest.raises(SystemExit, match=rf'^--cfg-options {option}: .* is it {right}\?$'):
         cli.load_config(CONFIG, {option: 1})
+
+
+@pytest.mark.parametrize('given', ['', 'odconv=dict(min_channels=8),'])
+def test_an_override_of_the_conversion_without_the_model_is_refused(tmp_path, given):
+    path = tmp_path / 'config.py'
+    path.write_text(f"model = dict(type='ODConvModel', {given} detector='FCOS')")
+    with pytest.raises(SystemExit, match=r'has no odconv; is it model\.odconv\.kernel_num\?$'):
+        cli.load_config(str(path), {'odconv.kernel_num': 2})
+    with pytest.raises(SystemExit, match=r'has no anything$'):
+        cli.load_config(str(path), {'anything.kernel_num': 2})
 
 
 def test_new_keys_can_be_set():

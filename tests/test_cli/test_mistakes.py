@@ -95,9 +95,20 @@ def test_a_refused_argument_names_its_owner(registry, built, message):
         registry.build(built)
 
 
+def test_an_unknown_norm_of_the_attention_is_named():
+    config = cli.load_config(CONFIG)
+    config.model.backbone.odconv_cfg = dict(norm_cfg=dict(type='Ln'))
+    message = r"there is no layer 'Ln'; is it LN"
+    with pytest.raises(SystemExit, match=message), cli.mistakes_in_one_sentence(config):
+        MODELS.build(config.model)
+
+
 def test_an_unknown_optimizer_is_named():
     config = cli.load_config(CONFIG, {'optim_wrapper.optimizer.type': 'AdamX'})
     message = r"there is no optimizer 'AdamX'; is it Adam"
+    with pytest.raises(SystemExit, match=message), cli.mistakes_in_one_sentence(config):
+        build_optim_wrapper(nn.Linear(2, 2), config.optim_wrapper)
+    config.optim_wrapper.constructor = 'ODConvOptimWrapperConstructor'
     with pytest.raises(SystemExit, match=message), cli.mistakes_in_one_sentence(config):
         build_optim_wrapper(nn.Linear(2, 2), config.optim_wrapper)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmdet.apis import inference_detector, init_detector
+from mmdet.models.detectors import RetinaNet, SoftTeacher
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
@@ -288,3 +289,20 @@ def test_a_semi_supervised_detector_is_converted_in_the_other_form(tmp_path):
     assert type(model).__name__ == 'SoftTeacher'
     assert layers(model.student.backbone)
     assert layers(model.teacher.backbone)
+
+
+def test_a_conversion_of_nothing_is_refused(small):
+    """As with the conversion of a config that itself converts one."""
+    again = dict(type='ODConvModel', model=small.model)
+    with pytest.raises(
+        ValueError, match=r'nothing of RetinaNet was converted, .* ODConv2d already'
+    ):
+        MODELS.build(again)
+    assert MODELS.build(dict(again, odconv=dict(include=[]))).backbone
+
+
+def test_a_python_config_names_the_detector_by_its_class(small):
+    model = dict(small.model, detector=RetinaNet)
+    assert isinstance(MODELS.build(model), RetinaNet)
+    with pytest.raises(ValueError, match="SoftTeacher has a field 'detector' of its own"):
+        MODELS.build(dict(type='ODConvModel', detector=SoftTeacher))

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from torch import nn
 
-from mmdet_odconv import compat
+from mmdet_odconv import ODConv2d, compat
 from tests.conftest import ROOT
 from tests.test_checkpoint.test_reading import Hostile
 
@@ -138,6 +138,26 @@ def test_a_rate_that_is_scaled_or_meant_for_no_batch_is_not_warned_of(caplog, sc
 )
 def test_a_batch_of_about_the_size_is_not_warned_of(caplog, batch_size, processes, counts):
     assert not warnings_of_batch_size(caplog, batch_size, processes, counts, base_batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ('optimizer', 'paramwise', 'layer', 'warned'),
+    [
+        ('SGD', None, ODConv2d, True),
+        (torch.optim.SGD, dict(norm_decay_mult=0), ODConv2d, True),
+        ('SGD', dict(attention_lr_mult=0.1), ODConv2d, False),
+        ('SGD', dict(custom_keys={'attention': dict(lr_mult=0.1)}), ODConv2d, False),
+        ('AdamW', None, ODConv2d, False),
+        ('SGD', None, nn.Conv2d, False),
+    ],
+)
+def test_attentions_at_the_full_rate_of_sgd_are_warned_of(
+    caplog, optimizer, paramwise, layer, warned
+):
+    runner = SimpleNamespace(logger=logging.getLogger('rates'), model=nn.Sequential(layer(2, 4, 3)))
+    wrapper = dict(optimizer=dict(type=optimizer), paramwise_cfg=paramwise)
+    TOOL.warn_of_rates(runner, Config(dict(optim_wrapper=wrapper)))
+    assert bool(caplog.messages) == warned
 
 
 def test_weights_without_the_state_of_a_training_are_not_resumed_from(tmp_path):
