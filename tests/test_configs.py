@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 
-from mmdet_odconv import ODConv2d, ODResNet
+from mmdet_odconv import FDConv2d, ODConv2d, ODResNet
 from tests.conftest import ROOT
 from tests.predictions import predict
 
@@ -43,9 +43,10 @@ def test_a_config_builds_a_detector_that_trains_and_predicts(path):
     model = revert_sync_batchnorm(MODELS.build(config.model))  # SyncBN trains on GPUs only
     if hasattr(model, 'level_embed'):  # which DINO leaves to init_weights
         torch.nn.init.normal_(model.level_embed)
-    kernel_nums = {m.kernel_num for m in model.backbone.modules() if isinstance(m, ODConv2d)}
+    layer = FDConv2d if '_fd_' in path.stem else ODConv2d
+    kernel_nums = {m.kernel_num for m in model.backbone.modules() if isinstance(m, layer)}
     expected = int(path.stem.rpartition('_k')[2]) if '_k' in path.stem else 4
-    assert kernel_nums == {expected}
+    assert kernel_nums == {64 if layer is FDConv2d else expected}
     check_rates(model, config)
 
     classes = model.bbox_head.num_classes if hasattr(model, 'bbox_head') else 80
@@ -64,8 +65,9 @@ def test_a_config_builds_a_detector_that_trains_and_predicts(path):
 
 def check_rates(model, config):
     """The attentions and the banks have rates of their own; all else is as mmdet's config says."""
-    if config.optim_wrapper.get('constructor') is None:  # the small sets' AdamW, one rate for all
-        assert config.optim_wrapper.optimizer.type == 'AdamW'
+    if config.optim_wrapper.get('constructor') is None:  # the small sets and FDConv: one rate
+        kind = config.model.backbone.get('odconv_cfg', {}).get('type')
+        assert config.optim_wrapper.optimizer.type == 'AdamW' or kind == 'FDConv2d'
         return
     sgd = config.optim_wrapper.optimizer.type == 'SGD'
     paramwise = dict(config.optim_wrapper.paramwise_cfg or {})
@@ -123,7 +125,7 @@ def test_a_coco_config_starts_from_the_weights_of_mmdets(path):
     elif path.stem.startswith('rtmdet'):
         assert 'cspnext-tiny_imagenet' in backbone.init_cfg.checkpoint
     else:
-        name = path.stem.split('_od_')[1].split('_')[0]
+        name = re.split('_[of]d_', path.stem)[1].split('_')[0]
         weights = {'mobilenetv2': 'open-mmlab://mmdet/mobilenet_v2'}
         if path.stem.startswith('fcos'):
             weights['r50'] = 'open-mmlab://detectron/resnet50_caffe'

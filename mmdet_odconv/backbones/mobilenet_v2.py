@@ -24,7 +24,7 @@ class ODMobileNetV2(ODConvBackbone, MobileNetV2):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        stages = [getattr(self, name) for name in self.layers[max(self.frozen_stages, 0) :]]
+        stages = [getattr(self, name) for name in self.layers[self.stages_kept_plain :]]
         for module in nn.ModuleList(stages).modules():
             if isinstance(module, ConvModule):
                 module.conv = self.odconv_like(module.conv)

@@ -14,7 +14,8 @@ class ODConvBackbone:
     """Adds the arguments of ODConv layers to a backbone of mmdet.
 
     Stages that are frozen (``frozen_stages``) stay plain: they would cost as much as dynamic
-    convolutions, but could not learn anything.
+    convolutions, but could not learn anything. With ``train_frozen_attentions``, their kernels are
+    frozen and their attentions learn.
 
     Args:
         *args, **kwargs: The arguments of mmdet's backbone.
@@ -27,6 +28,8 @@ class ODConvBackbone:
             ``dict(norm_cfg=dict(type='LN'))``. A ``type`` in it replaces
             :class:`~mmdet_odconv.ODConv2d`, for example ``dict(type='FDConv2d')``.
             Default: None.
+        train_frozen_attentions (bool): Whether frozen stages become dynamic, too, with attentions
+            that train. Default: False.
 
     Raises:
         ValueError: An argument of the layers is out of its range, or the ``type`` is not that of a
@@ -39,6 +42,7 @@ class ODConvBackbone:
         kernel_num: int | None = None,
         temperature: float = 1.0,
         odconv_cfg: dict[str, Any] | None = None,
+        train_frozen_attentions: bool = False,
         **kwargs: Any,
     ) -> None:
         # Before the constructor of mmdet's backbone, which may build its stages with odconv_like.
@@ -56,7 +60,23 @@ class ODConvBackbone:
                 f'got {kind!r}'
             )
         self._layer = layer
+        self.train_frozen_attentions = train_frozen_attentions
         super().__init__(*args, **kwargs)
+
+    def _freeze_stages(self) -> None:
+        super()._freeze_stages()  # type: ignore[misc]
+        if self.train_frozen_attentions:
+            backbone: Any = self
+            for layer in backbone.modules():
+                if isinstance(layer, self._layer):
+                    for parameter in layer.attention_parameters():
+                        parameter.requires_grad = True
+
+    @property
+    def stages_kept_plain(self) -> int:
+        """The number of the first stages that stay plain."""
+        backbone: Any = self
+        return 0 if self.train_frozen_attentions else max(backbone.frozen_stages, 0)
 
     def odconv_like(self, conv: Any) -> nn.Module:
         """An ODConv layer of the backbone's arguments with the geometry of the plain ``conv``."""

@@ -23,7 +23,7 @@ class _ODResidualBlocks(ODConvBackbone):
         """A stage of mmdet's backbone, its blocks' plain convolutions replaced unless frozen."""
         stage = super().make_res_layer(**kwargs)  # type: ignore[misc]
         backbone: Any = self
-        if len(backbone.res_layers) < backbone.frozen_stages:
+        if len(backbone.res_layers) < self.stages_kept_plain:
             return stage
         for block in stage:
             for name in ('conv1', 'conv2', 'conv3'):

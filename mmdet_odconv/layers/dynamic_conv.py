@@ -143,6 +143,10 @@ class DynamicConvNd(nn.Module):
         for child in self.children():
             child.reset_parameters()  # type: ignore[operator]
 
+    def attention_parameters(self) -> list[nn.Parameter]:
+        """The parameters that make the attentions: all but ``weight`` and ``bias``."""
+        return [p for child in self.children() for p in child.parameters()]
+
     def init_weights(self) -> None:
         """The name under which mmcv and mmengine look for a layer's own initialisation."""
         self.reset_parameters()

@@ -192,6 +192,10 @@ class _ODConvNd(nn.Module):
         self._reset_bank()
         self.attention.reset_parameters()
 
+    def attention_parameters(self) -> list[nn.Parameter]:
+        """The parameters that make the attentions."""
+        return list(self.attention.parameters())
+
     def init_weights(self) -> None:
         """The name under which mmcv and mmengine look for a layer's own initialisation."""
         self.reset_parameters()
