@@ -217,3 +217,20 @@ def test_pretrained_weights_are_loaded_by_init_cfg(tmp_path):
     model.init_weights()
     for name, value in donor.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize('kind', ['ODConv2d', 'FDConv2d'])
+def test_frozen_stages_may_train_their_attentions(kind):
+    model = ODResNet(
+        18,
+        base_channels=8,
+        frozen_stages=1,
+        odconv_cfg=dict(type=kind, norm_cfg=dict(type='LN')),
+        train_frozen_attentions=True,
+    )
+    model.train()
+    sum(y.square().mean() for y in model(torch.randn(2, 3, 64, 64))).backward()
+    trained = {n for n, p in model.layer1.named_parameters() if p.grad is not None}
+    assert {n.split('.')[1] for n in trained} == {'conv1', 'conv2'}
+    assert {n.split('.')[2] for n in trained} >= {'attention'}
+    assert not any(n.endswith(('conv1.weight', 'conv2.weight')) for n in trained)
