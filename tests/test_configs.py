@@ -202,8 +202,8 @@ def test_few_checkpoints_are_kept_and_the_best_among_them(path):
 
 def test_the_file_names_follow_the_rule_of_the_readme():
     rule = re.compile(
-        # detector_od_backbone_kK_data
-        r'[a-z-]+_od_(r\d+|mobilenetv2|cspdarknet-tiny|cspnext-tiny)(_k\d+)?(_[a-z0-9]+)?\.py'
+        # detector_layer_backbone_kK_data
+        r'[a-z-]+_[of]d_(r\d+|mobilenetv2|cspdarknet-tiny|cspnext-tiny)(_k\d+)?(_[a-z0-9]+)?\.py'
     )
     assert all(rule.fullmatch(p.name) for p in DETECTORS)
 

@@ -5,8 +5,8 @@ _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)
 
 # As published: FDConv with a frozen stage whose attentions train, DETR's augmentation, AdamW
-# without decay on norms, half precision, and steps after the epochs 10 and 11. The authors train with
-# four images a GPU, and do not say on how many GPUs.
+# without decay on norms, half precision, and steps after the epochs 10 and 11. The authors have
+# four images on a GPU, and do not say how many GPUs.
 model = dict(
     data_preprocessor=dict(pad_size_divisor=64),
     backbone=dict(
