@@ -161,6 +161,11 @@ def checked_runner(config: Config, start: str | None) -> Runner:
         runner.logger.warning(
             f'There is nothing to resume in {config.work_dir}, so the training starts anew.'
         )
+    if anew and Path(config.work_dir, 'last_checkpoint').is_file():
+        runner.logger.warning(
+            f'{config.work_dir} has checkpoints of an earlier run, and this one starts anew among '
+            'them: add --resume to go on, or set another --work-dir.'
+        )
     warn_of_batch_size(runner, config)
     warn_of_rates(runner, config)
     if checkpoint is not None:

@@ -93,12 +93,20 @@ def require_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         checkpoint (Checkpoint): The checkpoint.
 
     Raises:
-        SystemExit: Entries are missing, have other shapes or values that are not finite. The
-            message names the first of them, and both numbers of kernels or of classes.
+        SystemExit: Entries are missing, have other shapes, values that are not finite or are those
+            of another norm. The message names the first of them, and both numbers of kernels or
+            of classes.
     """
     state_dict = checkpoint.content.get('state_dict', checkpoint.content)
     entries = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     complaints = _other_shapes(model, entries)
+    norms = {name for name, module in model.named_modules() if hasattr(module, 'eps')}
+    known = model.state_dict()
+    for name in entries:
+        norm = name.removesuffix('.running_mean')
+        if norm != name and norm in norms and name not in known:
+            complaints.append(f'{norm} is a BatchNorm in the file, but not in the config')
+            break
     broken = not_finite(model, entries)
     if broken:
         complaints.append(

@@ -82,6 +82,20 @@ def dynamic(kernel_num=4, classes=3):
     )
 
 
+def test_weights_of_another_norm_are_named(tmp_path):
+    """A LayerNorm has all its entries in the file of a BatchNorm."""
+    path = tmp_path / 'a.pth'
+    for kind in ('LN', 'BN'):
+        layer = nn.Sequential(ODConv2d(16, 8, 3, norm_cfg=dict(type=kind)))
+        torch.save(layer.state_dict(), path)
+        require_weights(layer, path)
+    layer = nn.Sequential(ODConv2d(16, 8, 3, norm_cfg=dict(type='LN')))
+    with pytest.raises(
+        SystemExit, match=r'0\.attention\.bn is a BatchNorm in the file, but not in'
+    ):
+        require_weights(layer, path)
+
+
 def require_weights(model, path):
     cli.require_weights(model, cli.require_checkpoint(str(path)))
 

@@ -91,6 +91,18 @@ def test_a_run_goes_on_with_its_seed_after_one_reading(tmp_path, monkeypatch):
     assert torch.equal(runner.model.weight, model.weight)
 
 
+def test_a_run_among_the_checkpoints_of_another_is_warned_of(tmp_path, monkeypatch, caplog):
+    runner = SimpleNamespace(model=nn.Linear(2, 2), logger=logging.getLogger('anew'))
+    monkeypatch.setattr(TOOL.cli, 'build_runner', lambda config: runner)
+    config = Config(dict(work_dir=str(tmp_path), train_dataloader={}))
+    TOOL.checked_runner(config, None)
+    assert not caplog.messages
+    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    TOOL.checked_runner(config, None)
+    (message,) = caplog.messages
+    assert 'has checkpoints of an earlier run' in message
+
+
 def test_a_runner_of_another_kind_goes_on_from_folders_but_from_no_strangers_file(tmp_path):
     config = Config(dict(runner_type='FlexibleRunner', work_dir=str(tmp_path)))
     (tmp_path / 'epoch_1').mkdir()
