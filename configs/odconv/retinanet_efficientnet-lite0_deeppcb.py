@@ -19,4 +19,8 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-model = dict(bbox_head=dict(num_classes=6))
+# Three levels, with anchors from 32 to 200 pixels.
+model = dict(
+    neck=dict(num_outs=3),
+    bbox_head=dict(num_classes=6, anchor_generator=dict(strides=[8, 16, 32])),
+)

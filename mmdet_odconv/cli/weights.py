@@ -12,6 +12,7 @@ from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
 from ..analysis import odconv_layers
+from ..backbones import EfficientNetLite
 from ..checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
 from ..checkpoint.reading import web_address
 from ..layers.odconv import _ODConvNd
@@ -198,7 +199,9 @@ def require_start_weights(model: nn.Module) -> None:
         for init_cfg in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
                 without = f'{key}.init_cfg=None'
-                if getattr(module, 'frozen_stages', -1) >= 0:
+                if isinstance(module, EfficientNetLite):
+                    without += f' {key}.frozen_stages=0; {module.how_to_get_weights()}'
+                elif getattr(module, 'frozen_stages', -1) >= 0:
                     without += f' {key}.frozen_stages=-1 {key}.norm_eval=False'
                 _require_loadable(init_cfg['checkpoint'], f'{key}.init_cfg.checkpoint', without)
 

@@ -17,12 +17,13 @@ from tests.conftest import ROOT
 from tests.test_tools.test_train_and_test import run_tool
 
 PAGE = (ROOT / 'docs/own_data.md').read_text()
+SMALL_DETECTOR = 'A small detector, without a network'
 CLASSES = ('circle', 'square', 'triangle', 'star', 'cross')
 SMALL = [
     'train_cfg.max_epochs=1',
     'train_cfg.val_interval=1',
-    'model.backbone.base_channels=8',
-    'model.neck.in_channels=[8,16,32,64]',
+    'model.backbone.init_cfg=None',
+    'model.backbone.frozen_stages=0',
     'default_hooks.checkpoint.interval=1',
     *(
         f'{name}_dataloader.{option}'
@@ -53,7 +54,7 @@ def own(tmp_path_factory):
     path = root / 'configs/_base_/datasets/own_detection.py'
     text = path.read_text()
     for old, new in (("('cat', 'dog')", repr(CLASSES)), ('scale = (640, 640)', 'scale = (96, 96)')):
-        assert old in section('A small detector from scratch')
+        assert old in section(SMALL_DETECTOR)
         assert old in text
         text = text.replace(old, new)
     path.write_text(text)
@@ -64,12 +65,15 @@ def own(tmp_path_factory):
 @pytest.mark.usefixtures('_onnx_export')
 def test_a_small_detector(own, monkeypatch):
     monkeypatch.chdir(own.root)
-    *walk, longer = commands('A small detector from scratch')
+    (pip, *_), (_, converter, arch), *walk, longer = commands(SMALL_DETECTOR)
+    assert pip == 'pip'
+    assert (ROOT / converter).is_file()
+    assert arch == 'lite0'
     names = [os.path.basename(command[1]) for command in walk]
     assert names == ['train.py', 'test.py', 'image_demo.py', 'export_onnx.py', 'test.py']
-    work_dir = own.root / 'work_dirs/retinanet_od_r18_own'
+    work_dir = own.root / 'work_dirs/retinanet_od_efficientnet-lite0_own'
     for command in walk:
-        args = [arg.replace('epoch_12', 'epoch_1') for arg in command[2:]]
+        args = [arg.replace('epoch_20', 'epoch_1') for arg in command[2:]]
         run_tool(command[1].removeprefix('tools/'), *args, '--cfg-options', *SMALL, folder=own.root)
     assert (work_dir / 'epoch_1.pth').is_file()
     assert len([*(own.root / 'outputs').glob('*.png')]) == 4

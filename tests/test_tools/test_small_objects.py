@@ -12,7 +12,7 @@ from mmengine.config import Config
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize('base', ['retinanet_od_r18_own', 'retinanet_od_r50'])
+@pytest.mark.parametrize('base', ['retinanet_od_r18', 'retinanet_od_r50'])
 def test_a_level_of_stride_4_with_small_anchors(tmp_path, base):
     page = (ROOT / 'docs/small_objects.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)

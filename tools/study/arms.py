@@ -288,7 +288,10 @@ LITE0: Options = {
 _LITE0_ARMS: dict[str, Options] = {
     'plain': {},
     'od_k4_ln': converted(4, norm_cfg=LN),
-    'od_k4_ln_attention10': faster(converted(4, norm_cfg=LN), 10.0),
+    **{
+        f'od_k4_ln_attention{factor}': faster(converted(4, norm_cfg=LN), factor)
+        for factor in (10, 30)
+    },
     **{
         f'od_k{k}_calibrated_attention{factor}': faster(
             calibrated(converted(k, norm_cfg=CALIBRATED)), factor
@@ -297,9 +300,13 @@ _LITE0_ARMS: dict[str, Options] = {
         for factor in (1, 3, 10, 30)
     },
     # Sigmoids that start at a half, where they are steepest.
-    'od_k4_calibrated_half_attention10': faster(
-        calibrated(converted(4, norm_cfg=CALIBRATED, attention_bias=0.0)), 10
-    ),
+    **{
+        f'od_k{k}_calibrated_half_attention{factor}': faster(
+            calibrated(converted(k, norm_cfg=CALIBRATED, attention_bias=0.0)), factor
+        )
+        for k in (1, 4)
+        for factor in (3, 10, 30)
+    },
     'condconv_k4': converted(4, 'CondConv2d'),
     'dyconv_k4': converted(4, 'DyConv2d'),
     'se': converted(1, attentions=('channel',), norm_cfg=None),

