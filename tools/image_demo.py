@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='fold the BatchNorms into the convolutions before them, ODConv and plain',
     )
+    cli.add_collapse(parser)
     cli.add_config_options(parser)
     return parser.parse_args()
 
@@ -57,6 +58,8 @@ def main() -> None:
     config = cli.load_config(args.config, args.cfg_options)
     model = cli.load_detector(config, args.checkpoint, args.device)
     cli.require_writable(args.out_dir, 'folder', '--out-dir')
+    if args.collapse_static:
+        cli.collapse_static(model, config, args.collapse_static)
     if args.fuse_conv_bn:
         fuse_odconv_bn(model)
     palette, classes = (model.dataset_meta.get(name) for name in ('palette', 'classes'))

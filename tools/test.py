@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
         '--onnx',
         help='file of tools/deployment/export_onnx.py to use in place of backbone, neck and head',
     )
+    cli.add_collapse(parser)
     cli.add_runner_arguments(parser)
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
@@ -134,14 +135,17 @@ def main() -> None:
     if args.onnx is not None:
         cli.require_packages('onnxruntime')
         cli.require_file(args.onnx, 'ONNX file')
-    if args.fuse_conv_bn or args.onnx:
+    if args.fuse_conv_bn or args.collapse_static or args.onnx:
         drop_ema(config)
     runner = cli.build_runner(config)
     with cli.mistakes_in_one_sentence(config):
         require_fit(runner, args.checkpoint)
-    if args.fuse_conv_bn:
-        runner.load_or_resume()  # the statistics to fold are the checkpoint's
+    if args.fuse_conv_bn or args.collapse_static:
+        runner.load_or_resume()  # what is folded is the checkpoint's
         runner.model.eval()
+    if args.collapse_static:
+        cli.collapse_static(runner.model, config, args.collapse_static)
+    if args.fuse_conv_bn:
         fuse_odconv_bn(runner.model)
     if args.onnx is not None:
         try:

@@ -14,8 +14,8 @@ from mmdet_odconv import cli
 from mmdet_odconv.analysis import unwrapped
 from mmdet_odconv.checkpoint import Checkpoint, CheckpointFileError, latest_checkpoint
 from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
-from mmdet_odconv.hooks import CheckpointError, NonFiniteError
-from mmdet_odconv.layers import ODAttention
+from mmdet_odconv.hooks import CheckpointError, NonFiniteError, ODConvAttentionHook
+from mmdet_odconv.layers import DYNAMIC_TYPES, ODAttention
 
 
 def parse_args() -> argparse.Namespace:
@@ -103,6 +103,14 @@ def resume_own(config: Config, path: str) -> None:
         cli.require_checkpoint(latest)
 
 
+def watch_attentions(runner: Runner) -> None:
+    """Let a hook warn of dynamic layers that do not move, unless the config has one itself."""
+    if any(isinstance(hook, ODConvAttentionHook) for hook in runner.hooks):
+        return
+    if any(isinstance(module, DYNAMIC_TYPES) for module in runner.model.modules()):
+        runner.register_hook(ODConvAttentionHook())
+
+
 def warn_of_batch_size(runner: Runner, config: Config) -> None:
     """Say so if the learning rate is meant for a batch of quite another size."""
     scaling = config.get('auto_scale_lr') or {}
@@ -168,6 +176,7 @@ def checked_runner(config: Config, start: str | None) -> Runner:
         )
     warn_of_batch_size(runner, config)
     warn_of_rates(runner, config)
+    watch_attentions(runner)
     if checkpoint is not None:
         cli.require_weights(unwrapped(runner.model), checkpoint)
     if start is not None and 'runner_type' not in config:

@@ -3,7 +3,7 @@
 A user's mistake (a path, a name, a value) ends a tool with one sentence and exit status 1.
 """
 
-from .arguments import add_config_options, add_force, add_runner_arguments, positive
+from .arguments import add_collapse, add_config_options, add_force, add_runner_arguments, positive
 from .configs import build_runner, load_config, runner_config, shorten_report
 from .files import (
     find_images,
@@ -15,6 +15,7 @@ from .files import (
 )
 from .mistakes import mistakes_in_one_sentence
 from .weights import (
+    collapse_static,
     load_detector,
     require_checkpoint,
     require_odconv_layers,
@@ -24,10 +25,12 @@ from .weights import (
 )
 
 __all__ = [
+    'add_collapse',
     'add_config_options',
     'add_force',
     'add_runner_arguments',
     'build_runner',
+    'collapse_static',
     'find_images',
     'load_config',
     'load_detector',

@@ -46,6 +46,19 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_collapse(parser: argparse.ArgumentParser) -> None:
+    """Add ``--collapse-static``, which :func:`collapse_static` obeys."""
+    parser.add_argument(
+        '--collapse-static',
+        type=positive,
+        nargs='?',
+        const=64,
+        metavar='N',
+        help='replace dynamic layers whose attentions hardly depend on the image, over the first '
+        'N images of the test set (default: 64), by plain convolutions',
+    )
+
+
 def add_force(parser: argparse.ArgumentParser) -> None:
     """Add ``--force``, which :func:`require_new_file` obeys."""
     parser.add_argument('--force', action='store_true', help='overwrite an existing output file')

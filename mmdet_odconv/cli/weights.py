@@ -1,7 +1,10 @@
 """The weights that a tool starts from, and what it says where they are missing or do not fit."""
 
+import math
 import platform
 from collections import Counter
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,16 @@ import torch
 from mmdet.apis import init_detector
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
+from mmengine.logging import print_log
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..analysis import odconv_layers
+from ..analysis import odconv_layers, unwrapped
 from ..backbones import EfficientNetLite
 from ..checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
 from ..checkpoint.reading import web_address
+from ..dataset_checks import require_datasets
+from ..deployment import collapse_static_layers
 from ..layers.odconv import _ODConvNd
 from .configs import shorten_report
 from .files import not_found, require_file
@@ -181,6 +188,32 @@ def require_same_start(checkpoint: Checkpoint | None) -> None:
                 f'{other}: --work-dir must be a folder that all hosts share, or each host needs a '
                 'copy of the same checkpoint'
             )
+
+
+def collapse_static(model: nn.Module, config: Config, number: int) -> None:
+    """Make the dynamic layers of a detector plain that do not move, and print the report.
+
+    Args:
+        model (nn.Module): The detector with its weights; wrapped ones too.
+        config (Config): Its config, whose test set has the images.
+        number (int): How many images to look at.
+
+    Raises:
+        SystemExit: The test set is not there, or the detector has no dynamic layer.
+    """
+    require_odconv_layers(model, config.filename)
+    require_datasets(config, ('test_dataloader',))
+    with mistakes_in_one_sentence(config):
+        loader = Runner.build_dataloader(config.test_dataloader)
+        batches = islice(loader, math.ceil(number / (loader.batch_size or 1)))
+        report = collapse_static_layers(model, batches, forward=partial(_raw_outputs, model))
+    print_log(str(report), logger='current')
+
+
+def _raw_outputs(model: Any, batch: Any) -> Any:
+    """What the detector computes before its boxes are decoded."""
+    detector = unwrapped(model)
+    return detector(**detector.data_preprocessor(batch, False), mode='tensor')
 
 
 def require_start_weights(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
 from ..analysis import AttentionMeter, evaluation_mode, odconv_layers, unwrapped
@@ -83,6 +84,7 @@ def collapse_static_layers(
     with evaluation_mode(model), torch.no_grad():
         with AttentionMeter(model) as meter:
             before = [list(_tensors(run(each))) for each in copy.deepcopy(inputs)]
+        meter.all_reduce()
         report = CollapseReport(threshold, {s.name: s.largest_std for s in meter.statistics()})
         if not report.std:
             raise ValueError('no dynamic layer was used: no images were given')
@@ -100,6 +102,9 @@ def collapse_static_layers(
             for one, other in zip(old, _tensors(run(each)), strict=True):
                 change = (other - one).abs().max() / one.square().mean().sqrt()
                 report.largest_change = max(report.largest_change, change.item())
+        largest = torch.tensor(report.largest_change)
+        all_reduce(largest, 'max')
+        report.largest_change = largest.item()
     return report
 
 

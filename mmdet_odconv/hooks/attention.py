@@ -37,7 +37,8 @@ class ODConvAttentionHook(Hook):
         warn_after (int): From this iteration on, the hook warns once of each layer whose attentions
             do not depend on the image or are saturated. Default: 1000.
         min_std (float): The attentions of a layer depend on the image if one of them has at least
-            this standard deviation over the images. Default: 1e-3.
+            this standard deviation over the images. Default: 0.003, as in
+            :func:`~mmdet_odconv.collapse_static_layers`.
         max_saturated (float): An attention is saturated if more than this share of its values is
             within 0.01 of 0 or 1. Default: 0.9.
 
@@ -51,7 +52,7 @@ class ODConvAttentionHook(Hook):
         images: int = 8,
         per_layer: bool = False,
         warn_after: int = 1000,
-        min_std: float = 1e-3,
+        min_std: float = 0.003,
         max_saturated: float = 0.9,
     ) -> None:
         check_integer('interval', interval, least=1)
@@ -154,13 +155,13 @@ class ODConvAttentionHook(Hook):
             runner.logger.warning(
                 f'{start} the attentions of these ODConv layers hardly depend on the image '
                 f'(standard deviation below {self.min_std:g}), so each computes what a plain '
-                f'convolution does: {", ".join(static)}; docs/analysis.md says what to do'
+                f'convolution does: {_listed(static)}; docs/analysis.md says what to do'
             )
         if saturated:
             runner.logger.warning(
                 f'{start} these ODConv layers have saturated attentions (more than '
                 f'{self.max_saturated:.0%} of the values are almost 0 or 1), which hardly learn '
-                f'any more: {", ".join(saturated)}; docs/analysis.md says what to do'
+                f'any more: {_listed(saturated)}; docs/analysis.md says what to do'
             )
 
     def _is_new(self, name: str, reason: str) -> bool:
@@ -175,6 +176,11 @@ class ODConvAttentionHook(Hook):
         settled = self._temperatures.get(record.name) == temperature
         # A layer without an attention was asked for as it is.
         return settled and bool(record.std) and record.largest_std < self.min_std
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    others = f' and {len(names) - most} others' if len(names) > most else ''
+    return ', '.join(names[:most]) + others
 
 
 def _scalars(record: AttentionStatistics) -> dict[str, float]:

@@ -118,11 +118,16 @@ def test_testing_with_augmentation(trained, tmp_path):
 
 
 @pytest.mark.parametrize('ema', [True, False])
-def test_fused_norms_leave_the_metrics(trained, tmp_path, ema):
+def test_fused_norms_and_collapsed_layers_leave_the_metrics(trained, tmp_path, ema):
     config = tmp_path / 'config.py'
     hooks = "custom_hooks = [dict(type='EMAHook')]" if ema else ''
     config.write_text(f'_base_ = {str(ROOT / CONFIG)!r}\n{hooks}\n')
-    check_metrics_stay(trained, tmp_path, config, '--fuse-conv-bn')
+    # After two epochs no attention has moved by much.
+    collapse = [] if ema else ['--collapse-static', 8]
+    check_metrics_stay(trained, tmp_path, config, '--fuse-conv-bn', *collapse)
+    if collapse:
+        log = next((tmp_path / 'with').glob('*/*.log')).read_text()
+        assert 'dynamic layers vary by less than 0.003' in log
 
 
 @pytest.mark.slow

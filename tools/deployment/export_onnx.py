@@ -69,6 +69,7 @@ def parse_args() -> argparse.Namespace:
         default=4,
         help='use only the first images of the folder, at most this number',
     )
+    cli.add_collapse(parser)
     cli.add_force(parser)
     cli.add_config_options(parser)
     args = parser.parse_args()
@@ -126,6 +127,8 @@ def main() -> None:
     cli.require_new_file(args.out, args.force)
     paths = cli.find_images(args.images)[: args.limit] if args.images else []
     detector = cli.load_detector(config, args.checkpoint)
+    if args.collapse_static:
+        cli.collapse_static(detector, config, args.collapse_static)
 
     # Under another name until it has passed, so that a bad file is never taken for a good one.
     unproved = f'{args.out}.unproved'
