@@ -15,7 +15,7 @@ from mmdet_odconv.analysis import unwrapped
 from mmdet_odconv.checkpoint import Checkpoint, CheckpointFileError, latest_checkpoint
 from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
 from mmdet_odconv.hooks import CheckpointError, NonFiniteError, ODConvAttentionHook
-from mmdet_odconv.layers import DYNAMIC_TYPES, ODAttention
+from mmdet_odconv.layers import ODAttention
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,7 +107,7 @@ def watch_attentions(runner: Runner) -> None:
     """Let a hook warn of dynamic layers that do not move, unless the config has one itself."""
     if any(isinstance(hook, ODConvAttentionHook) for hook in runner.hooks):
         return
-    if any(isinstance(module, DYNAMIC_TYPES) for module in runner.model.modules()):
+    if any(isinstance(module, ODAttention) for module in runner.model.modules()):
         runner.register_hook(ODConvAttentionHook())
 
 

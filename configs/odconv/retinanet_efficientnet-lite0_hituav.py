@@ -10,7 +10,5 @@ _base_ = [
 # Three levels, with anchors from 16 to 100 pixels.
 model = dict(
     neck=dict(num_outs=3),
-    bbox_head=dict(
-        num_classes=3, anchor_generator=dict(octave_base_scale=2, strides=[8, 16, 32])
-    ),
+    bbox_head=dict(num_classes=3, anchor_generator=dict(octave_base_scale=2, strides=[8, 16, 32])),
 )
