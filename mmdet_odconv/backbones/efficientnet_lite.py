@@ -75,7 +75,7 @@ class EfficientNetLite(EfficientNet):
                 module.conv.padding = (0, 0)
                 module.padding_layer = _SamePadding(module.conv)
                 module.with_explicit_padding = True
-        self._freeze_stages()  # mmdet's class does so in train(), too late for a conversion
+        self._freeze_stages()  # mmdet's train() does so too late for a conversion
 
     def how_to_get_weights(self) -> str:
         """The two commands that make the file of ImageNet weights."""

