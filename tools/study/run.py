@@ -270,9 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not log_of(arm, seed, args.logs).exists()
     ]
     if not missing:
-        print(
-            f'nothing to do: all of these runs have logs in {args.logs}; --logs names another folder'
-        )
+        print(f'nothing to do: these runs have logs in {args.logs}; --logs names another folder')
         return
     if len(missing) == 1:
         run(*missing[0], args.work_dirs, args.logs, args.options, args.task)

