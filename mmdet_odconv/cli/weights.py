@@ -212,7 +212,7 @@ def collapse_static(model: nn.Module, config: Config, number: int) -> None:
 
 def _raw_outputs(model: Any, batch: Any) -> Any:
     """What the detector computes before its boxes are decoded."""
-    detector = unwrapped(model)
+    detector: Any = unwrapped(model)
     return detector(**detector.data_preprocessor(batch, False), mode='tensor')
 
 
