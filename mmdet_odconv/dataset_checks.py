@@ -129,7 +129,8 @@ def _require_order(config: Config) -> None:
         [Path(d['ann_file']).name for _, d in _datasets(config.get(key), key) if d.get('ann_file')]
         for key in DATALOADERS[:2]
     ]
-    if all(names) and all('val' in n for n in names[0]) and all('train' in n for n in names[1]):
+    of_train, of_val = ({('train' in n, 'val' in n) for n in each} for each in names)
+    if of_train == {(False, True)} and of_val == {(True, False)}:
         raise SystemExit(
             f'train_dataloader reads {names[0][0]} and val_dataloader {names[1][0]}: are the two '
             'the wrong way round?'

@@ -126,6 +126,11 @@ def test_training_on_what_is_called_validation_is_named(tmp_path):
     config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
     config.val_dataloader = copy.deepcopy(config.train_dataloader)
     (tmp_path / 'train.json').rename(tmp_path / 'instances_val.json')
+    config.train_dataloader.dataset.ann_file = 'trainval.json'
+    (tmp_path / 'instances_val.json').rename(tmp_path / 'trainval.json')
+    (tmp_path / 'train.json').write_text((tmp_path / 'trainval.json').read_text())
+    require_datasets(config)
+    (tmp_path / 'trainval.json').rename(tmp_path / 'instances_val.json')
     config.train_dataloader.dataset.ann_file = 'instances_val.json'
     with pytest.raises(
         SystemExit, match=r'reads instances_val\.json and val_dataloader train\.json'
