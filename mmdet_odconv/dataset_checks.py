@@ -367,7 +367,7 @@ def _require_sizes(where: str, images: list[dict[str, Any]], paths: list[str]) -
         try:
             with Image.open(path) as file:
                 size = file.size[:: -1 if file.getexif().get(_ORIENTATION, 1) > 4 else 1]
-        except OSError:  # others complain of what is no image
+        except (OSError, Image.DecompressionBombError):  # no image, which others complain of
             continue
         seen += 1
         if size != (image['width'], image['height']):
