@@ -10,13 +10,13 @@ Example: python tools/study/run.py plain od_k4 --seeds 0 1 2
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 
+from mmdet_odconv.analysis import AttentionMeter, static_attentions
 from mmdet_odconv.complexity import count_complexity
+from mmdet_odconv.layers import DYNAMIC_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
@@ -69,6 +71,8 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'light_pretrained': (STUDY / 'pretrained.py', LIGHT_PRETRAINED_ARMS),
     'narrow_pretrained': (STUDY / 'pretrained.py', NARROW_PRETRAINED_ARMS),
 }
+# Those with ImageNet weights and real images, whose logs also say how dynamic the layers are.
+REAL_TASKS = ('hituav_lite0', 'deeppcb_lite0')
 LOGS = ROOT / 'docs/study/logs'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
@@ -93,14 +97,57 @@ def arm_config(
     return config
 
 
-def train(config: Config, work_dir: Path) -> None:
-    """Train, or go on from where an earlier run in ``work_dir`` was stopped."""
+def train(config: Config, work_dir: Path) -> Runner:
+    """Train, or go on from where an earlier run in ``work_dir`` was stopped.
+
+    Returns:
+        Runner: With the trained model.
+    """
     config.work_dir = str(work_dir)
     checkpoint = last_checkpoint(work_dir, evaluated=config.val_dataloader is not None)
     if checkpoint:
         config.resume, config.load_from = True, str(checkpoint)
     torch.set_num_threads(1)
-    Runner.from_cfg(config).train()
+    runner = Runner.from_cfg(config)
+    runner.train()
+    return runner
+
+
+@torch.no_grad()
+def evaluate(runner: Runner) -> dict[str, float]:
+    """The metrics on the validation images; unlike the loop's, they do not go to the logs."""
+    runner.model.eval()
+    for batch in runner.val_dataloader:
+        samples = runner.model.val_step(batch)
+        runner.val_evaluator.process(data_samples=samples, data_batch=batch)
+    return runner.val_evaluator.evaluate(len(runner.val_dataloader.dataset))
+
+
+def dynamics(runner: Runner) -> dict[str, Any]:
+    """How much the attentions depend on the image, and what that is worth.
+
+    Returns:
+        dict: 'attention_std', the median over the layers of each attention's standard deviation
+        over the validation images; 'dynamic_layers', the share of the layers in which one attention
+        has at least 0.02; 'mAP_static', AP with all attentions at their means. Empty for a model
+        without dynamic layers.
+    """
+    if not any(isinstance(m, DYNAMIC_TYPES) for m in runner.model.modules()):
+        return {}
+    with AttentionMeter(runner.model) as meter:
+        evaluate(runner)
+    statistics = meter.statistics()
+    with static_attentions(runner.model, meter.means()):
+        metrics = evaluate(runner)
+    names = dict.fromkeys(name for s in statistics for name in s.std)
+    return {
+        'attention_std': {
+            name: round(median(s.std[name] for s in statistics if name in s.std), 5)
+            for name in names
+        },
+        'dynamic_layers': sum(s.largest_std >= 0.02 for s in statistics) / len(statistics),
+        'mAP_static': metrics['coco/bbox_mAP'],
+    }
 
 
 def last_checkpoint(work_dir: Path, evaluated: bool = True) -> Path | None:
@@ -181,7 +228,7 @@ def step_time(config: Config, other: Config, steps: int = 20) -> float:
             start = time.process_time()
             model.train_step(batch, wrapper)
             times.append(time.process_time() - start)
-    ours, theirs = map(statistics.median, seconds)
+    ours, theirs = map(median, seconds)
     return round(ours / theirs, 3)
 
 
@@ -203,9 +250,11 @@ def run(
     register_all_modules()
     config = arm_config(arm, seed, options, task)
     work_dir = work_dirs / f'{arm}-{seed}'
-    train(config, work_dir)
+    runner = train(config, work_dir)
     plain = arm_config('plain', seed, options, task)
     log = {'arm': arm, 'seed': seed, **costs(config, plain), **scalars(work_dir)}
+    if task in REAL_TASKS:
+        log |= dynamics(runner)
     logs.mkdir(parents=True, exist_ok=True)
     write(log, log_of(arm, seed, logs))
 
