@@ -73,6 +73,11 @@ def deeppcb() -> Path:
     return _optional('DEEPPCB_ROOT', SHARED / 'deeppcb')
 
 
+@pytest.fixture
+def hituav() -> Path:
+    return _optional('HITUAV_ROOT', SHARED / 'hituav')
+
+
 def _optional(variable: str, default: Path) -> Path:
     path = Path(os.environ.get(variable, default))
     if not path.is_dir():

@@ -118,3 +118,20 @@ def test_a_static_detector_has_the_ap_of_its_odconv_twin(bccd, tmp_path, monkeyp
         found[name] = {k: v for k, v in metrics(folder).items() if k.startswith('coco/')}
     assert found['plain']['coco/bbox_mAP'] > 0
     assert found['odconv'] == pytest.approx(found['plain'], abs=5e-4)
+
+
+def test_hituav_is_read_whole(hituav, monkeypatch):
+    name = 'retinanet_od_efficientnet-lite0_hituav.py'
+    train, val = build(name, 'HITUAV_ROOT', hituav, monkeypatch)
+    assert 2000 < len(train) <= 2029  # images without an object are left out of training
+    assert len(val) == 290
+    assert train.metainfo['classes'] == ('person', 'car', 'bicycle')
+    assert tuple(train[0]['inputs'].shape) == (3, 256, 320)
+    assert tuple(val[0]['inputs'].shape) == (3, 512, 640)
+
+
+def test_deeppcb_keeps_its_size_for_the_pretrained_detector(deeppcb, monkeypatch):
+    name = 'retinanet_od_efficientnet-lite0_deeppcb.py'
+    train, val = build(name, 'DEEPPCB_ROOT', deeppcb, monkeypatch)
+    assert tuple(train[0]['inputs'].shape) == (3, 320, 320)
+    assert tuple(val[0]['inputs'].shape) == (3, 640, 640)

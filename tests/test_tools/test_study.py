@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mmdet_odconv import ODConv2d
 from tests.conftest import ROOT
@@ -175,13 +177,16 @@ def test_the_rates_of_arms_from_static_weights(tool, task):
     assert rates['od_k4_ln_frozen_banks'][attention.format(1)] == 1
 
 
-def test_only_what_is_missing_is_started(tool, tmp_path, monkeypatch):
+def test_only_what_is_missing_is_started(tool, tmp_path, monkeypatch, capsys):
     run = tool('run')
     (tmp_path / 'plain-0.json').write_text('{}')
     started = []
     monkeypatch.setattr(run, 'run', lambda arm, seed, *rest: started.append((arm, seed)))
     run.main(['plain', '--seeds', '0', '1', '--logs', str(tmp_path)])
     assert started == [('plain', 1)]
+    run.main(['plain', '--seeds', '0', '--logs', str(tmp_path)])
+    assert started == [('plain', 1)]
+    assert f'nothing to do: these runs have logs in {tmp_path}' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('arm', ['odconv', 'plain_ratefast', 'odconv_rate2'])
@@ -251,3 +256,40 @@ def test_a_run_killed_between_checkpoint_and_evaluation_has_a_whole_log(tmp_path
     before = log.stat().st_mtime_ns
     subprocess.run(command, env=images, check=True)
     assert log.stat().st_mtime_ns == before
+
+
+class Scores:
+    """An evaluator whose AP is the mean of what the model gave."""
+
+    def process(self, data_samples, data_batch):
+        self.scores = [*getattr(self, 'scores', []), *data_samples]
+
+    def evaluate(self, size):
+        scores, self.scores = self.scores, []
+        assert len(scores) == size
+        return {'coco/bbox_mAP': sum(scores) / size}
+
+
+def runner_with(layer):
+    images = torch.randn(6, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 5
+    loader = torch.utils.data.DataLoader(images.flatten(0, 1), batch_size=2)
+    model = torch.nn.Sequential(layer)
+    model.val_step = lambda batch: model(batch).square().mean((1, 2, 3)).tolist()
+    return SimpleNamespace(model=model, val_dataloader=loader, val_evaluator=Scores())
+
+
+def test_logs_say_how_dynamic_the_layers_are(tool):
+    dynamics = tool('run').dynamics
+    assert dynamics(runner_with(torch.nn.Conv2d(4, 4, 3))) == {}
+
+    asleep = runner_with(ODConv2d(4, 4, 3))
+    found = dynamics(asleep)
+    assert found['attention_std'] == dict(channel=0, filter=0, spatial=0, kernel=0)
+    assert found['dynamic_layers'] == 0
+    assert found['mAP_static'] == pytest.approx(tool('run').evaluate(asleep)['coco/bbox_mAP'])
+
+    awake = runner_with(ODConv2d(4, 4, 3, attention_init='published'))
+    found = dynamics(awake)
+    assert min(found['attention_std'].values()) > 0.02
+    assert found['dynamic_layers'] == 1
+    assert found['mAP_static'] != pytest.approx(tool('run').evaluate(awake)['coco/bbox_mAP'])

@@ -14,7 +14,7 @@ metainfo = dict(_delete_=True, classes=('person', 'car', 'bicycle'))
 scale = (640, 512)
 
 train_pipeline = _base_.train_pipeline
-train_pipeline[2] = dict(type='RandomCrop', crop_size=(256, 320))
+train_pipeline[2] = dict(type='RandomCrop', crop_size=(320, 256))
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = scale
 
