@@ -3,21 +3,34 @@
 The judge of the layers in every option. Also ``fill``, the weights of the reference backbones.
 """
 
+import math
 import zlib
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmdet_odconv.layers import CalibratedNorm
 from mmdet_odconv.layers.odconv import _ODConvNd
 
 
-def reference_forward(layer: _ODConvNd, x: Tensor) -> Tensor:
-    """What ``layer`` must give for ``x``, sample by sample."""
+def reference_forward(
+    layer: _ODConvNd, x: Tensor, valid: Sequence[tuple[Fraction, Fraction]] | None = None
+) -> Tensor:
+    """What ``layer`` must give for ``x``, sample by sample.
+
+    ``valid`` has the part of the height and of the width that each image takes, if not all.
+    """
     attention = layer.attention
-    pooled = torch.stack(
-        [torch.stack([channel.sum() / channel.numel() for channel in sample]) for sample in x]
-    )
+    pooled = []
+    for b, sample in enumerate(x):
+        if valid is not None:
+            sizes = zip(x.shape[2:], valid[b], strict=True)
+            height, width = (math.ceil(size * part) for size, part in sizes)
+            sample = sample[:, :height, :width]
+        pooled.append(torch.stack([channel.sum() / channel.numel() for channel in sample]))
     h = torch.stack([attention.fc.weight.flatten(1) @ p for p in pooled])
     h = torch.relu(reference_norm(attention.bn, h))
     outputs = [_one_sample(layer, sample, h_b) for sample, h_b in zip(x, h, strict=True)]
@@ -25,10 +38,17 @@ def reference_forward(layer: _ODConvNd, x: Tensor) -> Tensor:
 
 
 def reference_norm(norm: torch.nn.Module, h: Tensor) -> Tensor:
-    """BatchNorm of (B, A) by hand; LayerNorm over A; nothing for Identity."""
+    """A norm of (B, A) by hand."""
     if isinstance(norm, torch.nn.Identity):
         return h
-    if isinstance(norm, torch.nn.LayerNorm):
+    if isinstance(norm, torch.nn.GroupNorm):
+        groups = h.reshape(len(h), norm.num_groups, -1)
+        mean, var = groups.mean(2, keepdim=True), groups.var(2, keepdim=True, unbiased=False)
+        h = ((groups - mean) / (var + norm.eps).sqrt()).reshape(h.shape)
+        return h * norm.weight + norm.bias
+    if isinstance(norm, CalibratedNorm):
+        mean, var = norm.running_mean, norm.running_var
+    elif isinstance(norm, torch.nn.LayerNorm):
         mean, var = h.mean(1, keepdim=True), h.var(1, keepdim=True, unbiased=False)
     elif norm.training and len(h) > 1:
         mean, var = h.mean(0), h.var(0, unbiased=False)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from mmdet.models.layers import FrozenBatchNorm2d
+from mmengine.optim import DefaultOptimWrapperConstructor
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, fuse_odconv_bn, set_temperature
 from mmdet_odconv.functional import STRATEGIES
+from mmdet_odconv.optim import groups_by_parameter
 from tests.reference import randomise
 
 SUBMODULES = ['fc', 'bn', 'channel_fc', 'filter_fc', 'spatial_fc', 'kernel_fc']
@@ -26,6 +28,14 @@ STARTS = {
     'bias': dict(attention_bias=0.5),
     'layer_norm': dict(norm_cfg=dict(type='LN')),
 }
+
+
+NORMS = [
+    dict(type='BN'),
+    dict(type='LN'),
+    dict(type='GN', num_groups=4),
+    dict(type='CalibratedNorm'),
+]
 
 
 def layer(kind=ODConv2d, **options):
@@ -204,7 +214,7 @@ def test_an_initialisation_by_class_name_finds_the_bank_and_not_the_heads():
     assert moved == {'0.weight', '1.weight', '0.attention.bn.weight', '1.attention.bn.weight'}
 
 
-@pytest.mark.parametrize('norm', [dict(type='BN'), dict(type='LN'), dict(type='GN', num_groups=2)])
+@pytest.mark.parametrize('norm', NORMS)
 @pytest.mark.parametrize('place', [{}, dict(device='cpu', dtype=torch.float64)])
 def test_a_layer_is_built_and_run_on_fake_tensors(norm, place):
     with FakeTensorMode():
@@ -296,6 +306,45 @@ def test_activation_checkpointing(strategy, reentrant):
         y.square().sum().backward()
         results.append([y, x.grad, *[p.grad.clone() for p in model.parameters()]])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings('ignore:The BatchNorm in an ODConv')
+@pytest.mark.parametrize('norm_cfg', NORMS)
+class TestNorms:
+    @pytest.mark.parametrize('batch', [1, 5])
+    @pytest.mark.parametrize('reentrant', [True, False])
+    def test_attentions_that_are_computed_again_have_the_same_bits(
+        self, norm_cfg, batch, reentrant
+    ):
+        model = layer(norm_cfg=norm_cfg, attention_init='published')
+        seen = []
+        model.attention.register_forward_hook(lambda *args: seen.append(args[-1]))
+        x = image(batch).requires_grad_()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        first, again = seen
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    def test_a_functional_call_moves_only_the_buffers_that_it_gets(self, norm_cfg):
+        model, other = (layer(norm_cfg=norm_cfg, attention_init='published') for _ in range(2))
+        other.load_state_dict(model.state_dict())
+        before = copy.deepcopy(dict(model.named_buffers()))
+        buffers = copy.deepcopy(before)
+        x = image()
+        y = functional_call(model, (dict(model.named_parameters()), buffers), x)
+        assert torch.equal(y, other(x))
+        for name, value in model.named_buffers():
+            assert torch.equal(value, before[name])
+            assert torch.equal(buffers[name], other.get_buffer(name))
+
+    def test_no_decay_for_norms_means_those_of_the_attention_too(self, norm_cfg):
+        model = layer(norm_cfg=norm_cfg)
+        wrapper = DefaultOptimWrapperConstructor(
+            dict(optimizer=dict(type='SGD', lr=0.1, weight_decay=0.1)), dict(norm_decay_mult=0.0)
+        )(model)
+        decays = groups_by_parameter(wrapper.optimizer.param_groups)
+        for name, parameter in model.named_parameters():
+            expected = 0.0 if name.startswith('attention.bn.') else 0.1
+            assert decays[id(parameter)]['weight_decay'] == expected, name
 
 
 @pytest.mark.filterwarnings('ignore:The BatchNorm in an ODConv')
