@@ -18,7 +18,7 @@ from .checkpoint import (  # noqa: E402
     register_safe_globals,
 )
 from .conversion import convert_to_odconv  # noqa: E402
-from .deployment import collapse_static_layers, fuse_odconv_bn  # noqa: E402
+from .deployment import collapse_static_layers, fuse_odconv_bn, prepare_for_inference  # noqa: E402
 from .hooks import (  # noqa: E402
     NonFiniteHook,
     ODConvAttentionHook,
@@ -72,6 +72,7 @@ __all__ = [
     'export_official_checkpoint',
     'fuse_odconv_bn',
     'load_official_checkpoint',
+    'prepare_for_inference',
     'set_temperature',
     'use_valid_pooling',
 ]

@@ -45,6 +45,15 @@ _allowed: dict[str, Any] = {'_codecs.encode': codecs.encode}
 _AUTOCAST_BY_DEVICE = hasattr(torch, 'get_autocast_dtype')
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether there is automatic mixed precision on a device, which is not 'meta'."""
+    return autocast_dtype(device_type) is not None
+
+
+if _AUTOCAST_BY_DEVICE:
+    autocast_is_on = torch.is_autocast_enabled
+
+
 def not_compiled(function: _Function) -> _Function:
     """A decorator: where older compilers come to ``function``, they call it as it is.
 

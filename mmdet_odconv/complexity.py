@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .analysis import evaluation_mode
 from .layers import ODAttention
+from .layers.attention import PreparedAttention
 from .layers.odconv import _ODConvNd
 
 # Norms can be folded into convolutions, and the others are a few operations for each output.
@@ -81,7 +82,7 @@ def count_complexity(model: nn.Module, *inputs: Tensor, **others: Any) -> dict[s
     parameters = parameter_count(model)
     mixtures, attentions = {}, {}
     for name, module in model.named_modules():
-        if isinstance(module, ODAttention):
+        if isinstance(module, ODAttention | PreparedAttention):
             attentions[name] = total[name]
         elif isinstance(module, _ODConvNd):
             mixtures[name] = by_operator[name]['matmul']

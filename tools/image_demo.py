@@ -9,7 +9,7 @@ import mmcv
 from mmdet.apis import inference_detector
 from mmdet.registry import VISUALIZERS
 
-from mmdet_odconv import cli, fuse_odconv_bn
+from mmdet_odconv import cli, prepare_for_inference
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,7 +61,7 @@ def main() -> None:
     if args.collapse_static:
         cli.collapse_static(model, config, args.collapse_static)
     if args.fuse_conv_bn:
-        fuse_odconv_bn(model)
+        prepare_for_inference(model)
     palette, classes = (model.dataset_meta.get(name) for name in ('palette', 'classes'))
     if not isinstance(palette, str) and len(palette) < len(classes):
         # The palette is that of the config's test data set, which may have other classes.

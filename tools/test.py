@@ -16,7 +16,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdet_odconv import cli, fuse_odconv_bn
+from mmdet_odconv import cli, prepare_for_inference
 from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
 from mmdet_odconv.deployment import use_onnx_network
 
@@ -146,7 +146,7 @@ def main() -> None:
     if args.collapse_static:
         cli.collapse_static(runner.model, config, args.collapse_static)
     if args.fuse_conv_bn:
-        fuse_odconv_bn(runner.model)
+        prepare_for_inference(runner.model)
     if args.onnx is not None:
         try:
             use_onnx_network(detector_of(runner.model), args.onnx)

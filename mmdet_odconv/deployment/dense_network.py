@@ -6,7 +6,7 @@ from typing import Any
 from mmdet.models.detectors import SingleStageDetector
 from torch import Tensor, nn
 
-from .fuse import fuse_odconv_bn
+from .fuse import prepare_for_inference
 
 # Where the file says how its flat list of outputs is nested in what the head returns.
 STRUCTURE = 'mmdet_odconv.structure'
@@ -25,7 +25,7 @@ class DenseNetwork(nn.Module):
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         require_single_stage(detector)
-        self.detector = fuse_odconv_bn(copy.deepcopy(detector).eval())
+        self.detector = prepare_for_inference(copy.deepcopy(detector).eval())
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """From a batch of preprocessed images, (B, 3, H, W), to the head's outputs."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import onnx_operators
 from .dense_network import require_whole_averages
-from .fuse import fuse_odconv_bn
+from .fuse import prepare_for_inference
 
 # Detections of an image where the config sets no limit (YOLOX).
 MOST = 1000
@@ -70,7 +70,7 @@ class Detections(nn.Module):
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         require_detections(detector)
-        self.detector = fuse_odconv_bn(copy.deepcopy(detector).eval())
+        self.detector = prepare_for_inference(copy.deepcopy(detector).eval())
         self.two_stages = isinstance(detector, TwoStageDetector)
         roi: Any = getattr(detector, 'roi_head', None)
         self.has_masks = self.two_stages and roi.with_mask

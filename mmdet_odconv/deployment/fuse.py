@@ -1,4 +1,4 @@
-"""Folds the BatchNorms of a model in evaluation mode into what comes before them."""
+"""Brings a trained model to its leanest form: norms, temperatures and heads folded together."""
 
 import logging
 from collections.abc import Iterator
@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import DYNAMIC_TYPES, DynamicConvNd, ODAttention
+from ..layers.attention import PreparedAttention, constant_affine
 from .execution import directly_following
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d)
 
 
-def fuse_odconv_bn(model: nn.Module) -> nn.Module:
-    """Fold BatchNorms into the convolutions before them, ODConv and plain, for inference.
+def prepare_for_inference(model: nn.Module) -> nn.Module:
+    """Fold into each other what is constant in inference.
 
     A norm after an ODConv layer is folded into its bank and a static bias, a norm after a plain
-    convolution into its weight and bias, and the norms inside the attentions into their ``fc``.
-    An ``nn.Identity`` takes the place of each norm. A block with a method ``forward_fuse``, such as
-    Ultralytics' ``Conv``, loses its norm instead and uses that method for its forward pass. The
+    convolution into its weight and bias. In an attention, the norm goes into ``fc``, the
+    temperature into the heads, and the heads into one product (:class:`PreparedAttention`).
+    An ``nn.Identity`` takes the place of each norm. A block with a method ``forward_fuse``, such
+    as Ultralytics' ``Conv``, loses its norm instead and uses that method for its forward pass. The
     outputs stay the same up to rounding.
 
     The function does not touch norms in training mode and norms without running statistics. It
@@ -48,23 +50,32 @@ def fuse_odconv_bn(model: nn.Module) -> nn.Module:
             else:
                 _fold(norm, conv, dim=0)
             _replace(parent, norm_name)
-    for module in model.modules():
-        if (
-            isinstance(module, ODAttention)
-            and module.fc is not None
-            and _is_constant(module.bn, module.fc.weight.shape[0])
-        ):
-            _fold(module.bn, module.fc, 0)
-            module.bn = nn.Identity()
+    attentions = prepared = 0
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if not isinstance(child, ODAttention):
+                continue
+            attentions += 1
+            if PreparedAttention.can_replace(child):
+                prepared += 1
+                parent._modules[name] = PreparedAttention(child)
+            elif child.norm_can_be_folded():
+                _fold(child.bn, child.fc, 0)
+                child.bn = nn.Identity()
     _fuse_blocks(model)
     kept = _batch_norms(model)
     named = f' and kept {len(kept)}: {", ".join(kept)}' if kept else ''
     print_log(
-        f'fuse_odconv_bn folded {len(before) - len(kept)} BatchNorms{named}',
+        f'prepare_for_inference folded {len(before) - len(kept)} BatchNorms{named}; it made two '
+        f'products of {prepared} of {attentions} attentions',
         logger='current',
         level=logging.WARNING if kept else logging.INFO,
     )
     return model
+
+
+# The name that it had when it folded norms alone.
+fuse_odconv_bn = prepare_for_inference
 
 
 def _batch_norms(model: nn.Module) -> list[str]:
@@ -128,14 +139,15 @@ def _unfused_blocks(model: nn.Module) -> Iterator[Any]:
 
 
 def _is_constant(norm: Any, channels: int) -> bool:
-    """Whether ``norm`` is a BatchNorm of so many channels that only scales and shifts them."""
-    return (
-        isinstance(norm, _BatchNorm)
-        and type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        and not norm.training
-        and norm.running_mean is not None
-        and norm.num_features == channels
-    )
+    """Whether ``norm`` only scales and shifts so many channels."""
+    mean = getattr(norm, 'running_mean', None)
+    return mean is not None and len(mean) == channels and constant_affine(norm) is not None
+
+
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    affine = constant_affine(norm)
+    assert affine is not None  # as `_is_constant` found
+    return affine
 
 
 def _fold_into_bank(norm: Any, layer: Any) -> None:
@@ -154,17 +166,6 @@ def _fold(norm: Any, layer: Any, dim: int) -> None:
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
     layer.weight = _parameter(weight.detach().double() * scale.reshape(shape), weight)
     layer.bias = _parameter(bias, weight)
-
-
-def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm in evaluation mode does to each channel, in float64."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return scale, shift
 
 
 def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:

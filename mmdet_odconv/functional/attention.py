@@ -51,7 +51,8 @@ def activate(
     Returns:
         Attentions: Of float32 or wider.
     """
-    logits = cast(logits, at_least_float32(logits.dtype))
+    if logits.dtype != torch.float32:
+        logits = cast(logits, at_least_float32(logits.dtype))
     if temperature is not None:
         logits = logits / temperature
     kernel, kernel_num = [], sizes[3]

@@ -110,7 +110,8 @@ def mix(bank: Tensor, kernel: Tensor | None) -> Tensor:
     flat = bank.flatten(1)
     if kernel is None:
         return flat
-    kernel = cast(kernel, flat.dtype)
+    if kernel.dtype != flat.dtype:
+        kernel = kernel.to(flat.dtype)
     batch, entries = kernel.shape[0], flat.shape[1]
     if batch * entries < _LEAST_KEPT:
         return torch.mm(kernel, flat)

@@ -129,7 +129,9 @@ def _forward(
     for factor in (scale, None if f is None else f.view(shapes.filter)):
         if factor is not None:
             kernels, writable = _scaled(kernels, factor, batch, writable), True
-    kernels, conv = cast(kernels, x.dtype), CONV[len(kernel_size)]
+    conv = CONV[len(kernel_size)]
+    if kernels.dtype != x.dtype:
+        kernels = kernels.to(x.dtype)
     weight = kernels if kernels.dim() == x.dim() else kernels.view(shapes.weight)
     if batch == 1 or not writable:  # one kernel for all samples
         early, bias = (None, bias) if late_f is not None or bias is None else (bias, None)
@@ -142,12 +144,13 @@ def _forward(
         y = y.view(batch, -1, *y.shape[2:])
     if late_f is not None:
         y.mul_(per_channel(late_f, y))
-    return add_bias(y, bias)
+    return y if bias is None else add_bias(y, bias)
 
 
 def _scaled(kernels: Tensor, scale: Tensor, batch: int, writable: bool) -> Tensor:
     """``kernels`` scaled for each sample, in place or in the workspace."""
-    scale = cast(scale, kernels.dtype)
+    if scale.dtype != kernels.dtype:
+        scale = scale.to(kernels.dtype)
     if writable:
         return kernels.mul_(scale)
     shape = scale.shape[:1] + kernels.shape[1:] if batch > 1 else kernels.shape

@@ -52,7 +52,8 @@ class Choice(NamedTuple):
     strategy: str
 
 
-_records: list[list[Choice]] = []
+# The lists of all `record_strategies` that are open.
+RECORDS: list[list[Choice]] = []
 
 
 @contextmanager
@@ -69,21 +70,16 @@ def record_strategies() -> Iterator[list[Choice]]:
         print(*choices, sep='\\n')
     """
     record: list[Choice] = []
-    _records.append(record)
+    RECORDS.append(record)
     try:
         yield record
     finally:
-        _records[:] = [other for other in _records if other is not record]
-
-
-def recording() -> bool:
-    """Whether anybody records strategies."""
-    return bool(_records)
+        RECORDS[:] = [other for other in RECORDS if other is not record]
 
 
 def record(input_shape: torch.Size, bank_shape: torch.Size, training: bool, strategy: str) -> None:
     """Add a choice to the lists of :func:`record_strategies`."""
-    for choices in _records:
+    for choices in RECORDS:
         choices.append(Choice(tuple(input_shape), tuple(bank_shape), training, strategy))
 
 

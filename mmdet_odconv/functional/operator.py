@@ -13,9 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..compat import COMPILED_OPERATOR, autocast_dtype, is_compiling, not_compiled, without_autocast
+from ..compat import (
+    COMPILED_OPERATOR,
+    autocast_dtype,
+    autocast_is_on,
+    is_compiling,
+    not_compiled,
+    without_autocast,
+)
 from .attention import Attentions, cast
-from .dispatch import check_strategy, pick, record, recording
+from .dispatch import RECORDS, check_strategy, pick, record
 from .formula import odconv_formula
 from .implementation import Geometry, Gradients, Implementation, Needed, resolve_geometry
 
@@ -100,7 +107,7 @@ def _in_plain_operations(
 ) -> Tensor:
     check_strategy(strategy, bank.shape[0])
     if _becomes_one_call(strategy):
-        training = _needs_gradients(x, bank, attentions, bias)
+        training = torch.is_grad_enabled() and _require_gradients(x, bank, attentions, bias)
         return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
     return odconv_formula(x, bank, attentions, bias, geometry)
 
@@ -115,7 +122,7 @@ def _call(
     strategy: str,
 ) -> Tensor:
     bank = bank.contiguous()
-    training = _needs_gradients(x, bank, attentions, bias)
+    training = torch.is_grad_enabled() and _require_gradients(x, bank, attentions, bias)
     implementation = _choose(strategy, x, bank, geometry, training)
     if implementation is None:
         return odconv_formula(x, bank, attentions, bias, geometry)
@@ -130,7 +137,9 @@ def convolution_dtype(x: Tensor, bank: Tensor) -> torch.dtype:
     Raises:
         RuntimeError: A convolution would refuse an input of this type.
     """
-    autocast = autocast_dtype(x.device.type)
+    autocast = None
+    if not x.is_meta and autocast_is_on(x.device.type):
+        autocast = autocast_dtype(x.device.type)
     if autocast is not None and _is_eligible(x) and _is_eligible(bank):
         return autocast
     if x.dtype != bank.dtype:
@@ -214,10 +223,10 @@ def is_batched(grad: Tensor) -> bool:
     return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
-def _needs_gradients(x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None) -> bool:
-    """Whether autograd follows a function of these tensors."""
-    if not torch.is_grad_enabled():
-        return False
+def _require_gradients(
+    x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None
+) -> bool:
+    """Whether any of these tensors requires a gradient."""
     for tensor in (x, bank, *attentions, bias):
         if tensor is not None and tensor.requires_grad:
             return True
@@ -230,7 +239,7 @@ def _choose(
     """The implementation for a call, None for the formula, also entered into the records."""
     shapes = x.shape, bank.shape, bank.element_size()
     implementation = pick(strategy, x.device.type, *shapes, geometry, training)
-    if recording():
+    if RECORDS:
         name = 'reference' if implementation is None else implementation.name
         record(x.shape, bank.shape, training, name)
     return implementation
@@ -247,11 +256,11 @@ def _forward(
     memory_format = _memory_format(x)
     if memory_format is None:
         x, memory_format = x.contiguous(), torch.contiguous_format
-    if autocast_dtype(x.device.type) is None:
-        y = implementation.forward(x, bank, attentions, bias, geometry)
-    else:
+    if autocast_is_on(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             y = implementation.forward(x, bank, attentions, bias, geometry)
+    else:
+        y = implementation.forward(x, bank, attentions, bias, geometry)
     return y.contiguous(memory_format=memory_format)
 
 

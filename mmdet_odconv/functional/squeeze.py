@@ -34,7 +34,8 @@ def squeeze(x: Tensor, plain: bool = False) -> tuple[Tensor, Tensor]:
 
 def average(x: Tensor) -> Tensor:
     """The average over all positions, from (B, C, *size) to (B, C), float32 or wider."""
-    return x.mean(_POSITIONS[: x.dim() - 2], dtype=at_least_float32(x.dtype))
+    wide = None if x.dtype == torch.float32 else at_least_float32(x.dtype)
+    return x.mean(_POSITIONS[: x.dim() - 2], dtype=wide)
 
 
 class _Squeeze(torch.autograd.Function):

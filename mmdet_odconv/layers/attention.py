@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..compat import autocast_dtype, is_compiling
+from ..compat import autocast_is_on, is_compiling
 from ..functional import Attentions, activate
 from ..functional.arguments import ArgumentError, check_integer, check_number, check_positive
 from ..functional.attention import cast
 from ..functional.squeeze import average
+from .calibrated_norm import CalibratedNorm
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _HEADS = tuple(f'{name}_fc' for name in Attentions._fields)
@@ -212,11 +213,11 @@ class ODAttention(nn.Module):
             return Attentions()
         pooled = x if x.dim() == 2 else average(x)
         # The branch is cheap, and the sigmoids' arguments lose too much in half precision.
-        if autocast_dtype(x.device.type) is None:
-            logits = self._logits(pooled)
-        else:
+        if not x.is_meta and autocast_is_on(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 logits = self._logits(pooled)
+        else:
+            logits = self._logits(pooled)
         return activate(logits, self.sizes, self.temperature, self.kernel_activation)
 
     def _activate(self, h: Tensor) -> Tensor:
@@ -270,6 +271,16 @@ class ODAttention(nn.Module):
             self.reset_parameters()
         return self
 
+    def norm_can_be_folded(self) -> bool:
+        """Whether the norm of h is a constant that ``fc`` can take, and nothing else reads them."""
+        parts = (self.fc, self.bn)
+        return (
+            type(self.fc) is Pointwise
+            and type(self.bn) is not nn.Identity
+            and all(_is_bare(part) for part in parts)
+            and constant_affine(self.bn) is not None
+        )
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Published and plain weights have no temperature, and need none.
         t = self.temperature
@@ -277,6 +288,112 @@ class ODAttention(nn.Module):
             t = torch.tensor(self.initial_temperature, dtype=torch.float32, device='cpu')
         state_dict.setdefault(f'{prefix}temperature', t)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PreparedAttention(nn.Module):
+    """What an :class:`ODAttention` in evaluation mode computes, in the fewest operations.
+
+    The norm and the temperature are in the weights, and one product takes the place of the heads.
+    :func:`~mmdet_odconv.prepare_for_inference` puts it into a model.
+
+    Args:
+        attention (ODAttention): One for which :meth:`can_replace` holds. It is not changed.
+    """
+
+    head_weight: nn.Parameter
+    head_bias: nn.Parameter
+
+    def __init__(self, attention: ODAttention) -> None:
+        super().__init__()
+        self.sizes, self.kernel_activation = attention.sizes, attention.kernel_activation
+        heads, t = attention._heads(), attention.temperature.double()
+        weight = torch.cat([head.weight for head in heads]).flatten(1).double() / t
+        bias = torch.cat([head.bias for head in heads]).double() / t
+        fc: Any = attention.fc
+        values: dict[str, Any] = dict(
+            head_weight=weight, head_bias=bias, fc_weight=None, fc_bias=None
+        )
+        affine = constant_affine(attention.bn)
+        if fc is not None and affine is not None:
+            scale, shift = affine
+            values['fc_weight'] = fc.weight.flatten(1).double() * scale[:, None]
+            values['fc_bias'] = shift.expand(fc.weight.shape[0])
+        like = heads[0].weight
+        for name, value in values.items():
+            if value is not None:
+                # As a product takes them: from the inputs (rows) to the outputs.
+                value = nn.Parameter(value.detach().t().to(like.dtype).contiguous())
+                value.requires_grad_(like.requires_grad)
+            self.register_parameter(name, value)
+
+    @staticmethod
+    def can_replace(attention: ODAttention) -> bool:
+        """Whether nothing else reads the parts of ``attention``, and its norm is a constant."""
+        parts = [*attention._heads(), *([] if attention.fc is None else [attention.fc])]
+        return (
+            type(attention) is ODAttention
+            and not attention.training
+            and bool(parts)
+            and all(type(part) is Pointwise and _is_bare(part) for part in parts)
+            and _is_bare(attention)
+            and _is_bare(attention.bn)
+            and (attention.fc is None or constant_affine(attention.bn) is not None)
+        )
+
+    @property
+    def temperature(self) -> Tensor:
+        """T, which is in the weights: 1."""
+        return torch.ones((), device=self.head_weight.device)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Refused.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError('a layer that was prepared for inference has its temperature inside')
+
+    def forward(self, x: Tensor) -> Attentions:
+        """As in :class:`ODAttention`."""
+        parameters, h = self._parameters, x if x.dim() == 2 else average(x)
+        weight: Any = parameters['head_weight']
+        if h.dtype != weight.dtype:
+            h = h.to(weight.dtype)
+        if not x.is_meta and autocast_is_on(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                logits = _two_products(h, parameters)
+        else:
+            logits = _two_products(h, parameters)
+        return activate(logits, self.sizes, None, self.kernel_activation)
+
+
+def _two_products(h: Tensor, parameters: Any) -> Tensor:
+    if parameters['fc_weight'] is not None:
+        h = torch.addmm(parameters['fc_bias'], h, parameters['fc_weight']).relu()
+    return torch.addmm(parameters['head_bias'], h, parameters['head_weight'])
+
+
+def constant_affine(norm: Any) -> tuple[Tensor, Tensor] | None:
+    """The scale and the shift of each channel, in float64, that a norm in evaluation mode is.
+
+    None for one that is no constant: in training mode, without running statistics, or of another
+    kind than a BatchNorm, a :class:`CalibratedNorm` and no norm at all.
+    """
+    if type(norm) is nn.Identity:
+        return torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    statistics = isinstance(norm, _BatchNorm) and (
+        type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        and norm.running_mean is not None
+    )
+    if norm.training or not (statistics or type(norm) is CalibratedNorm):
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
 
 
 class Pointwise(nn.Module):

@@ -22,7 +22,6 @@ from ..functional import (
     squeeze,
 )
 from ..functional.arguments import ArgumentError, check_integer, check_number, check_sizes
-from ..functional.attention import cast
 from ..functional.implementation import resolve_geometry
 from ..functional.operator import convolution_dtype, needs_plain_operations, odconv_unchecked
 from .attention import ODAttention
@@ -227,9 +226,9 @@ class _ODConvNd(nn.Module):
         )
         if widths:
             x = F.pad(x, widths, self.padding_mode if pad_first else 'constant')
-        return odconv_unchecked(
-            cast(x, dtype), bank, attentions, self.bias, geometry, self.strategy, plain
-        )
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        return odconv_unchecked(x, bank, attentions, self.bias, geometry, self.strategy, plain)
 
     def _forward_unbatched(self, x: Tensor) -> Tensor:
         """The output for a single sample; the words for what is neither that nor a batch."""

@@ -15,9 +15,12 @@ from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmdet_odconv import (
+    CondConv2d,
+    DyConv2d,
     ODConv1d,
     ODConv2d,
     ODConv3d,
@@ -29,6 +32,7 @@ from mmdet_odconv import (
     fuse_odconv_bn,
 )
 from mmdet_odconv.deployment import keep_fuse_methods_right
+from mmdet_odconv.layers import ODAttention
 from tests.conftest import ROOT
 from tests.reference import randomise, relative_error
 
@@ -314,7 +318,59 @@ def test_the_log_says_what_was_folded(model, message, level, monkeypatch):
         lambda text, logger, level: told.append((text, logging.getLevelName(level))),
     )
     fuse_odconv_bn(model.eval())
-    assert told == [(f'fuse_odconv_bn {message}', level)]
+    products = 'it made two products of 1 of 1 attentions'
+    assert told == [(f'prepare_for_inference {message}; {products}', level)]
+
+
+NORMS = [dict(type='BN'), dict(type='CalibratedNorm'), None]
+
+
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('kind', [ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d])
+@pytest.mark.parametrize('kernel_num', [1, 3])
+def test_an_attention_becomes_two_products(kind, kernel_num, norm):
+    options = dict(temperature=3.0)
+    if kind in (CondConv2d, DyConv2d):
+        options = {}
+    elif norm is not None or kernel_num == 1:
+        options['norm_cfg'] = norm
+    model = nn.Sequential(kind(4, 6, 3, kernel_num=max(kernel_num, 2 - len(options)), **options))
+    model.double().eval()
+    randomise(model)
+    check(model, X[model[0].ndim], bound=1e-10)
+    attention = model[0].attention
+    assert [*attention.children()] == []
+    products = {n.partition('_')[0] for n, _ in attention.named_parameters()}
+    assert products == ({'head'} if kind is CondConv2d else {'fc', 'head'})
+    assert copy.deepcopy(model)[0].temperature == 1.0
+    with pytest.raises(RuntimeError, match='temperature inside'):
+        model[0].temperature = 2.0
+
+
+def test_an_attention_that_something_else_reads_stays():
+    for change in (
+        lambda a: a.kernel_fc.register_forward_hook(lambda *_: None),
+        lambda a: prune.l1_unstructured(a.fc, 'weight', 1),
+        lambda a: a.train(),
+        lambda a: setattr(a, 'bn', nn.LayerNorm(16)),
+    ):
+        model = sequence(ODConv2d(4, 6, 3)).float()
+        change(model[0].attention)
+        x = torch.randn(4, 4, 6, 6)
+        expected = model(x)
+        torch.testing.assert_close(fuse_odconv_bn(model)(x), expected, rtol=1e-4, atol=1e-5)
+        assert isinstance(model[0].attention, ODAttention)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_prepared_attention_in_narrow_types(dtype):
+    model = nn.Sequential(ODConv2d(4, 6, 3)).eval()
+    randomise(model)
+    expected = model(X[2].float())
+    fuse_odconv_bn(model)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert relative_error(model(X[2].float()).float(), expected) < 0.03
+    assert relative_error(model.to(dtype)(X[2].to(dtype)).float(), expected) < 0.03
 
 
 def test_synchronised_and_reverted_norms():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdet_odconv import CondConv2d, DyConv2d, ODConv2d
+from mmdet_odconv import CondConv2d, DyConv2d, ODConv2d, prepare_for_inference
 
 
 class Operations(TorchDispatchMode):
@@ -45,6 +45,9 @@ def test_an_evaluation_makes_few_operations_and_calls(bias):
         layer(x)  # what is remembered of shapes is remembered now
         assert len(operations(layer, x)) <= 28
         assert python_calls(layer, x) <= 70
+        prepare_for_inference(layer)
+        assert len(operations(layer, x)) <= 19
+        assert python_calls(layer, x) <= 40
 
 
 @pytest.mark.parametrize('kind', [CondConv2d, DyConv2d, partial(ODConv2d, attentions=['kernel'])])
