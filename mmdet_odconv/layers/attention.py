@@ -273,7 +273,7 @@ class ODAttention(nn.Module):
 
     def norm_can_be_folded(self) -> bool:
         """Whether the norm of h is a constant that ``fc`` can take, and nothing else reads them."""
-        parts = (self.fc, self.bn)
+        parts: tuple[Any, ...] = (self.fc, self.bn)
         return (
             type(self.fc) is Pointwise
             and type(self.bn) is not nn.Identity
