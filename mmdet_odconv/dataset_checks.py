@@ -1,23 +1,20 @@
 """What must be true of the data sets of a config before a run starts.
 
 Of most of it mmdet itself says nothing: it leaves objects out, or ends with an error far from the
-cause, in the first validation at the latest. Image files are looked at when they are read.
+cause, in the first validation at the latest.
 """
 
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.runner import Runner
 from PIL import Image
 
 from .cli.files import not_found
@@ -41,10 +38,10 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
         SystemExit: A file or folder is missing (the message has the path looked for), an
             annotation file is broken or empty, ``metainfo`` is not what mmdet reads, a class is
             none of the annotation file's or stands at another place or twice, a head has another
-            number of classes, an image file is missing, an evaluator reads the annotations of
-            other images, or training and validation have each other's files. Or a good part of
-            the boxes, sizes or categories cannot be right; if it is a small part, which mmdet
-            leaves out, there is a warning.
+            number of classes, an image file is missing or empty, an evaluator reads the
+            annotations of other images, or training and validation have each other's files. Or a
+            good part of the boxes, sizes or categories cannot be right; if it is a small part,
+            which mmdet leaves out, there is a warning.
     """
     _require_order(config)
     for name in dataloaders:
@@ -58,37 +55,6 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
                 _require_annotations(key, dataset, classes, training=name == DATALOADERS[0])
         if name != DATALOADERS[0]:
             _require_evaluator(config, name.replace('dataloader', 'evaluator'), datasets)
-
-
-@contextmanager
-def empty_images_named(runner: Runner, loops: Sequence[str]) -> Iterator[None]:
-    """End the program with the name of an image file that has no bytes, if one ends a run.
-
-    mmcv names a file that is no image, but for an empty one there is only OpenCV's own error.
-
-    Args:
-        runner (Runner): The runner that runs in the ``with`` block.
-        loops (Sequence[str]): Its loops that do, such as 'train_loop'.
-
-    Raises:
-        SystemExit: There are such files; the message names the first.
-    """
-    try:
-        yield
-    except cv2.error as error:
-        empty = [path for name in loops for path in _empty_images(getattr(runner, name))]
-        if not empty:
-            raise
-        more = f' (and {len(empty) - 1} more files are)' if len(empty) > 1 else ''
-        raise SystemExit(f'{empty[0]} is empty, where an image should be{more}') from error
-
-
-def _empty_images(loop: Any) -> list[str]:
-    dataset: Any = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
-    if not hasattr(dataset, 'get_data_info'):
-        return []
-    paths = (dataset.get_data_info(i).get('img_path') for i in range(len(dataset)))
-    return [path for path in paths if path and os.path.isfile(path) and not os.path.getsize(path)]
 
 
 def _datasets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -293,6 +259,9 @@ def _require_annotations(key: str, dataset: Any, classes: list[str] | None, trai
             f'images in {path} are missing: set {key}.data_prefix.img to their folder, or leave '
             'them out'
         )
+    empty = [path for path in paths if not os.path.getsize(path)]
+    if empty:
+        raise SystemExit(f'{empty[0]} is empty, where an image should be ({len(empty)} such files)')
     _require_sizes(where, content['images'], paths)
 
 

@@ -59,7 +59,7 @@ def coco_content():
 
 def config_with_classes(folder, classes, number):
     (folder / 'images').mkdir()
-    (folder / 'images/1.jpg').touch()
+    Image.new('RGB', (64, 64)).save(folder / 'images/1.jpg')
     (folder / 'train.json').write_text(json.dumps(coco_content()))
     config = dataset_config(folder)
     dataset = config.train_dataloader.dataset
@@ -302,6 +302,13 @@ def test_images_in_another_folder_are_named(tmp_path):
     with pytest.raises(
         SystemExit, match=rf'image of \S+ not found: {tmp_path}/images/1.*; 1 of the 1'
     ):
+        require_datasets(config)
+
+
+def test_an_empty_image_is_named(tmp_path):
+    config = config_with_classes(tmp_path, ('cat', 'dog'), 2)
+    (tmp_path / 'images/1.jpg').write_bytes(b'')
+    with pytest.raises(SystemExit, match=r'^\S+images/1\.jpg is empty, where an image should be'):
         require_datasets(config)
 
 

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_odconv import cli, prepare_for_inference
-from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
+from mmdet_odconv.dataset_checks import require_datasets
 from mmdet_odconv.deployment import use_onnx_network
 
 
@@ -154,7 +154,7 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with empty_images_named(runner, ('test_loop',)), cli.mistakes_in_one_sentence(config):
+    with cli.mistakes_in_one_sentence(config):
         runner.test()
 
 

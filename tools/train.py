@@ -13,7 +13,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmdet_odconv import cli
 from mmdet_odconv.analysis import unwrapped
 from mmdet_odconv.checkpoint import Checkpoint, CheckpointFileError, latest_checkpoint
-from mmdet_odconv.dataset_checks import empty_images_named, require_datasets
+from mmdet_odconv.dataset_checks import require_datasets
 from mmdet_odconv.hooks import CheckpointError, NonFiniteError, ODConvAttentionHook
 from mmdet_odconv.layers import ODAttention
 
@@ -105,9 +105,9 @@ def resume_own(config: Config, path: str) -> None:
 
 def watch_attentions(runner: Runner) -> None:
     """Let a hook warn of dynamic layers that do not move, unless the config has one itself."""
-    if any(isinstance(hook, ODConvAttentionHook) for hook in runner.hooks):
-        return
-    if any(isinstance(module, ODAttention) for module in runner.model.modules()):
+    if any(isinstance(module, ODAttention) for module in runner.model.modules()) and not any(
+        isinstance(hook, ODConvAttentionHook) for hook in runner.hooks
+    ):
         runner.register_hook(ODConvAttentionHook())
 
 
@@ -207,8 +207,7 @@ def main() -> None:
 
     try:
         runner = checked_runner(config, start)
-        named = empty_images_named(runner, ('train_loop', 'val_loop'))
-        with named, cli.mistakes_in_one_sentence(config):
+        with cli.mistakes_in_one_sentence(config):
             runner.train()
     except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error

@@ -16,11 +16,11 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from .. import dataset_checks  # which itself needs a part of this package
 from ..analysis import odconv_layers, unwrapped
 from ..backbones import EfficientNetLite
 from ..checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
 from ..checkpoint.reading import web_address
-from ..dataset_checks import require_datasets
 from ..deployment import collapse_static_layers
 from ..layers.odconv import _ODConvNd
 from .configs import shorten_report
@@ -202,7 +202,7 @@ def collapse_static(model: nn.Module, config: Config, number: int) -> None:
         SystemExit: The test set is not there, or the detector has no dynamic layer.
     """
     require_odconv_layers(model, config.filename)
-    require_datasets(config, ('test_dataloader',))
+    dataset_checks.require_datasets(config, ('test_dataloader',))
     with mistakes_in_one_sentence(config):
         loader = Runner.build_dataloader(config.test_dataloader)
         batches = islice(loader, math.ceil(number / (loader.batch_size or 1)))
