@@ -295,12 +295,13 @@ def test_a_bad_image_of_one_process_stops_or_is_skipped_in_all(tmp_path):
         assert_equal_bit_for_bit(skipped, results[0][1])
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
+@pytest.mark.parametrize('counts', [1, 3])
+def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path, counts):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
 
     def train(work_dir, disturbed=False, resume=False):
         hooks = [dict(type='PreemptionHook')] + [SignalOne()] * disturbed
-        options = dict(resume=resume, hooks=hooks, launcher='pytorch')
+        options = dict(resume=resume, hooks=hooks, launcher='pytorch', accumulative_counts=counts)
         return lambda *_: runner(work_dir, epochs=3, **options).train() and None
 
     assert exit_codes(2, train(whole), tmp_path) == [0, 0]
@@ -308,7 +309,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
     assert torch.load(parts / 'preempted.pth')['meta']['iter'] == 5
     assert exit_codes(2, train(parts, resume=True), tmp_path) == [0, 0]
     states = [weights_of(folder / 'epoch_3.pth') for folder in (parts, whole)]
-    assert_equal_bit_for_bit(*states)
+    if counts == 1:
+        assert_equal_bit_for_bit(*states)
+    else:  # the checkpoint has the mean of the gradients that wait for a step
+        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
 
 
 def test_no_process_ends_before_the_checkpoint_is_saved(tmp_path):
