@@ -136,8 +136,11 @@ class _Call(NamedTuple):
     ) -> list[Tensor | None]:
         """The gradients as functions of the tensors, by the formula."""
         create_graph = torch.is_grad_enabled()
-        inputs = [t if n else t.detach() for t, n in zip(tensors, needed, strict=True)]
         with torch.enable_grad():
+            # Aliases: the sources may themselves be functions of x, whose graph is the caller's.
+            inputs = [
+                t.view_as(t) if n else t.detach() for t, n in zip(tensors, needed, strict=True)
+            ]
             return _gradients([self.formula(inputs)], [grad], inputs, create_graph)
 
 

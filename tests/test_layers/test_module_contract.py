@@ -15,7 +15,15 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrizations, prune
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, fuse_odconv_bn, set_temperature
+from mmdet_odconv import (
+    CondConv2d,
+    FDConv2d,
+    ODConv1d,
+    ODConv2d,
+    ODConv3d,
+    fuse_odconv_bn,
+    set_temperature,
+)
 from mmdet_odconv.functional import STRATEGIES
 from mmdet_odconv.optim import groups_by_parameter
 from tests.reference import randomise
@@ -347,21 +355,26 @@ class TestNorms:
             assert decays[id(parameter)]['weight_decay'] == expected, name
 
 
-@pytest.mark.filterwarnings('ignore:The BatchNorm in an ODConv')
+@pytest.mark.parametrize('kind', [ODConv2d, CondConv2d, FDConv2d])
 @pytest.mark.parametrize('padding_mode', ['zeros', 'reflect'])
-def test_a_jacobian_of_all_outputs_at_once(padding_mode):
-    model = layer(attention_init='published', padding_mode=padding_mode).double()
-    x = image(dtype=torch.float64)
+class TestDerivatives:
+    @pytest.fixture
+    def model(self, kind, padding_mode):
+        model = layer(kind, in_channels=2, out_channels=2, padding_mode=padding_mode).double()
+        randomise(model)
+        return model.eval()
 
-    def function(x):
-        return model(x).sum((2, 3))
+    @pytest.fixture
+    def x(self):
+        return torch.randn(2, 2, 4, 4, dtype=torch.float64)
 
-    torch.testing.assert_close(
-        *(
-            torch.autograd.functional.jacobian(function, x, vectorize=vectorize)
-            for vectorize in (False, True)
+    def test_a_jacobian_of_all_outputs_at_once(self, model, x):
+        torch.testing.assert_close(
+            *(torch.autograd.functional.jacobian(model, x, vectorize=way) for way in (False, True))
         )
-    )
+
+    def test_second_order(self, model, x):
+        assert torch.autograd.gradgradcheck(model, x.requires_grad_(), fast_mode=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.half, torch.double])
