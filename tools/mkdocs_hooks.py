@@ -6,6 +6,7 @@
 """
 
 import inspect
+import posixpath
 import re
 from importlib import import_module
 from pathlib import Path
@@ -44,8 +45,10 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **kwargs: Any) -> s
     """Let links to files of the repository lead to their pages, if they have one."""
     folder = (ROOT / PAGES.get(page.file.src_uri, f'docs/{page.file.src_uri}')).parent
     pages = {(ROOT / path).resolve(): name for name, path in PAGES.items()}
-    pages |= {path: path.name for path in (ROOT / 'docs').glob('*.md')}
+    docs = ROOT / 'docs'
+    pages |= {path: path.relative_to(docs).as_posix() for path in docs.rglob('*.md')}
     pages[ROOT / 'README.md'] = 'index.md'
+    here = posixpath.dirname(page.file.src_uri)
 
     def replaced(match: re.Match[str]) -> str:
         if '://' in match['target']:
@@ -54,8 +57,8 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **kwargs: Any) -> s
         if target in pages:
             # The sections of the README are other pages here.
             anchor = '' if target.name == 'README.md' else match['anchor'] or ''
-            return f'[{match["text"]}]({pages[target]}{anchor})'
-        outside = ROOT in target.parents and ROOT / 'docs' not in target.parents
+            return f'[{match["text"]}]({posixpath.relpath(pages[target], here or ".")}{anchor})'
+        outside = ROOT in target.parents and docs not in target.parents
         return f'{match["text"]} (`{target.relative_to(ROOT)}`)' if outside else match[0]
 
     return _LINK.sub(replaced, markdown)

@@ -27,7 +27,7 @@ model = dict(bbox_head=dict(num_classes=5))
 
 @pytest.mark.slow
 def test_a_trained_detector_is_fine_tuned(tmp_path):
-    section = PAGE.partition('## Fine-tuning a trained detector')[2].partition('\n## ')[0]
+    section = PAGE.partition('## Fine-tune a trained detector')[2].partition('\n## ')[0]
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     (tmp_path / 'my_detector.py').write_text(STATIC)
     (code,) = re.findall(r'```python title="fine_tuned.py"\n(.*?)```', section, re.DOTALL)

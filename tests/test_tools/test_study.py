@@ -64,7 +64,7 @@ def test_table_and_figures(tool, tmp_path, capsys):
     narrow, other = table.START.format('narrow'), table.START.format('light')
     page = tmp_path / 'page.md'
     page.write_text(f'one\n{narrow}\nold\n{table.END}\ntwo\n{other}\n{table.END}\nthree\n')
-    table.main(['--logs', str(logs), '--out', str(tmp_path), '--page', str(page)])
+    table.main(['--logs', str(logs), '--out', str(tmp_path), '--pages', str(page)])
     capsys.readouterr()
     first, second = page.read_text().split('two')
     assert first.startswith(f'one\n{narrow}\n| arm |')
@@ -79,6 +79,34 @@ def test_table_and_figures(tool, tmp_path, capsys):
     assert rows[3][-2:] == ['1.50 M', '20 M |']
     for figure in ('curves.png', 'costs.png', 'rates.png'):
         assert (tmp_path / figure).stat().st_size > 10_000
+
+
+def test_the_pages_are_made_from_the_logs(tool):
+    table = tool('table')
+    folder = ROOT / 'docs/study'
+    tasks = {path.name: table.read(path) for path in sorted(folder.glob('logs/*/'))}
+    texts = [path.read_text() for path in (ROOT / 'docs/study.md', *folder.glob('*.md'))]
+    for text in texts:
+        assert table.with_tables(text, tasks) == text, 'run make study'
+    for name in tasks:
+        assert sum(table.START.format(name) in text for text in texts) == 1, name
+    for name, rows in table.QUESTIONS.items():
+        assert sum(table.ANSWER.format(name) in text for text in texts) == 1, name
+        assert table.finished(rows, tasks) == rows
+
+
+def test_the_table_of_a_question_compares_seed_by_seed(tool):
+    table = tool('table')
+    runs = [('plain', 0, 0.40), ('plain', 1, 0.50), ('od_k4', 1, 0.54), ('od_k4', 0, 0.42)]
+    arms = {}
+    for arm, seed, ap in runs:
+        arms.setdefault(arm, []).append(log(arm, seed, ap, 0.5))
+    rows = [('ours', 'task', 'od_k4', 'plain'), ('no run of it yet', 'task', 'od_k1', 'plain')]
+    done = table.finished(rows, {'task': arms})
+    assert done == rows[:1]
+    # Seed 0 gains 2 points and seed 1 gains 4.
+    (line,) = table.answer(done, {'task': arms}).splitlines()[2:]
+    assert line == '| ours | 2 | 45.0 ± 7.1 | 48.0 ± 8.5 | 3.0 ± 1.4 | 0.0 ± 0.0 | 1.0 × |'
 
 
 def test_arms_are_compared_seed_by_seed(tool):

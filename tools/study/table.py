@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the tables and figures of the study from the logs in docs/study/logs.
 
-Example: python tools/study/table.py   # writes the tables in docs/study.md and docs/study/*.png
+Example: python tools/study/table.py   # the tables of docs/study.md and docs/study/*.md, figures
 
 With ``--data data/shapes_hard`` it also draws docs/study/task.jpg, images of the task.
 """
@@ -25,8 +25,62 @@ METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m')
 TITLES = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium')
 # The tasks that the figures show.
 MAIN_TASK, FINE_TUNING = 'narrow', 'fine_tune'
-# The tables of a task stand between these two lines of the page.
+# The tables of a task, or that of a question, stand between two such lines of a page.
 START, END = '<!-- tables of {}: made by make study -->', '<!-- end of the tables -->'
+ANSWER = '<!-- table for {}: made by make study -->'
+# The tables that answer a question. Of each row: what it is, its task, its arm, and the arm of the
+# same task that it is compared with.
+Row = tuple[str, str, str, str]
+QUESTIONS: dict[str, list[Row]] = {
+    'detectors': [
+        (
+            'generated images, 8 channels',
+            'fine_tune',
+            'od_k4_running_rate24',
+            'plain_rate24',
+        ),
+        (
+            'the same, from another trained detector',
+            'fine_tune',
+            'od_k4_running_start2_rate24',
+            'plain_start2_rate24',
+        ),
+        ('16 channels', 'fine_tune_light', 'od_k4_running_rate24', 'plain_rate24'),
+        ('MobileNetV2', 'fine_tune_mobile', 'od_k4_running_rate12', 'plain_rate24'),
+        ('real scans, 8 channels', 'fine_tune_deeppcb', 'od_k4_ln_rate12', 'plain_rate12'),
+    ],
+    'layers': [
+        ('DyConv, K = 4', 'fine_tune', 'dyconv_k4_rate24', 'plain_rate24'),
+        ('CondConv, K = 4', 'fine_tune', 'condconv_k4_rate24', 'plain_rate24'),
+        ('ODConv, K = 1', 'fine_tune', 'od_k1_running_rate24', 'plain_rate24'),
+        ('ODConv, K = 4', 'fine_tune', 'od_k4_running_rate24', 'plain_rate24'),
+        ('9 channels, plain', 'fine_tune', 'plain_wide_madds_rate24', 'plain_rate24'),
+        ('real scans: CondConv, K = 4', 'fine_tune_deeppcb', 'condconv_k4_rate12', 'plain_rate12'),
+        ('real scans: ODConv, K = 4', 'fine_tune_deeppcb', 'od_k4_ln_rate12', 'plain_rate12'),
+    ],
+    'norms': [
+        ('2 images, BatchNorm', 'fine_tune_batch2', 'od_k4', 'plain'),
+        ('2 images, LayerNorm', 'fine_tune_batch2', 'od_k4_ln', 'plain'),
+        ('8 images, BatchNorm', 'fine_tune_batch8', 'od_k4', 'plain'),
+        ('8 images, LayerNorm', 'fine_tune_batch8', 'od_k4_ln', 'plain'),
+        ('16 images, LayerNorm', 'fine_tune', 'od_k4_ln_rate24', 'plain_rate24'),
+        ('16 images from scratch, BatchNorm', 'narrow', 'od_k4', 'plain'),
+        ('16 images from scratch, LayerNorm', 'narrow', 'od_k4_ln', 'plain'),
+    ],
+    'scratch': [
+        ('8 channels: ODConv, K = 1', 'narrow', 'od_k1', 'plain'),
+        ('8 channels: ODConv, K = 4', 'narrow', 'od_k4', 'plain'),
+        ('8 channels: CondConv, K = 4', 'narrow', 'condconv_k4', 'plain'),
+        ('9 channels, plain', 'narrow', 'plain_wide_madds', 'plain'),
+        ('16 channels: ODConv, K = 4', 'light', 'od_k4', 'plain'),
+        ('MobileNetV2: ODConv, K = 4', 'mobile', 'od_k4', 'plain'),
+        ('MobileNetV2 of 19 % more multiply-adds', 'mobile', 'plain_wide_madds', 'plain'),
+    ],
+    'classifier': [
+        ('rate 0.001', 'pretrained', 'od_k4_ln', 'plain'),
+        ('rate 0.004', 'pretrained', 'od_k4_ln_rate4', 'plain_rate4'),
+    ],
+}
 LEGEND: dict[str, Any] = dict(loc='outside lower center', ncols=3, frameon=False)
 Log = dict[str, Any]
 
@@ -119,6 +173,30 @@ def best_rates(arms: dict[str, list[Log]]) -> str:
         row = [arm, tried, f'{best[arm]:g}', str(len(logs)), spread(final(logs, 'mAP'))]
         rows.append([*row, *_gains(at_best, arm, ours)])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows) if rates else ''
+
+
+def answer(rows: list[Row], tasks: dict[str, dict[str, list[Log]]]) -> str:
+    """A Markdown table of what each row gains over its plain network, over the seeds of both."""
+    head = ['', 'runs', 'AP, plain', 'AP', 'gain', 'gain, small objects', 'parameters']
+    lines = [head, ['---'] * len(head)]
+    for label, task, arm, plain in rows:
+        arms = tasks[task]
+        seeds = [{log['seed'] for log in arms[name]} for name in (arm, plain)]
+        ours, theirs = (
+            [log for log in arms[name] if log['seed'] in seeds[0] & seeds[1]]
+            for name in (arm, plain)
+        )
+        lines.append(
+            [
+                label,
+                str(len(ours)),
+                spread(final(theirs, 'mAP')),
+                spread(final(ours, 'mAP')),
+                *(spread(over(arms, metric, arm, plain)) for metric in ('mAP', 'mAP_s')),
+                f'{ours[0]["parameters"] / theirs[0]["parameters"]:.1f} ×',
+            ]
+        )
+    return ''.join(f'| {" | ".join(row)} |\n' for row in lines)
 
 
 def by_rate(arms: dict[str, list[Log]]) -> dict[str, dict[float, list[Log]]]:
@@ -253,6 +331,22 @@ def rate_curves(arms: dict[str, list[Log]], path: Path) -> None:
     plt.close(figure)
 
 
+def gains(rows: list[Row], tasks: dict[str, dict[str, list[Log]]], path: Path) -> None:
+    """What each row gains over its plain network: a point for each seed, a bar for the mean."""
+    figure, axes = plt.subplots(figsize=(6.5, 0.4 * len(rows) + 0.8), layout='constrained')
+    for place, (_, name, arm, plain) in enumerate(rows):
+        found = over(tasks[name], 'mAP', arm, plain)
+        axes.plot(found, [place] * len(found), 'o', color='C0', alpha=0.7)
+        axes.plot(statistics.mean(found), place, '|', color='k', markersize=18)
+    axes.set(xlabel='gain in AP over the plain network', yticks=range(len(rows)))
+    axes.set_yticklabels([row[0] for row in rows])
+    axes.axvline(0, color='k', linewidth=0.8)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def task(data: Path, path: Path, number: int = 10) -> None:
     """The first validation images with their boxes and classes."""
     coco = COCO(data / 'annotations/instances_val.json')
@@ -277,27 +371,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Make the tables and figures of the study.')
     parser.add_argument('--logs', type=Path, default=FOLDER / 'logs')
     parser.add_argument('--out', type=Path, default=FOLDER)
-    parser.add_argument('--page', type=Path, default=FOLDER.with_suffix('.md'))
+    parser.add_argument(
+        '--pages', type=Path, nargs='+', default=[FOLDER.with_suffix('.md'), *FOLDER.glob('*.md')]
+    )
     parser.add_argument('--data', type=Path, help='folder of the images, for a picture of them')
     args = parser.parse_args(argv)
     tasks = {folder.name: read(folder) for folder in sorted(args.logs.glob('*/'))}
     if MAIN_TASK not in tasks:
         parser.error(f'{args.logs} has no log of {MAIN_TASK}; tools/study/run.py makes them')
     args.out.mkdir(parents=True, exist_ok=True)
-    page = args.page.read_text(encoding='utf-8') if args.page.exists() else ''
-    for name, arms in tasks.items():
-        tables = '\n'.join(filter(None, (table(arms), differences(arms), best_rates(arms))))
-        page = _put(tables, START.format(name), page)
-        print(name, tables, sep='\n\n')
-    if page:
-        args.page.write_text(page, encoding='utf-8')
+    for path in args.pages:
+        path.write_text(with_tables(path.read_text(encoding='utf-8'), tasks), encoding='utf-8')
     shown = at_rate(tasks[MAIN_TASK], 1.0)
     curves(shown, args.out / 'curves.png')
     costs(shown, args.out / 'costs.png')
     if FINE_TUNING in tasks:
         rate_curves(tasks[FINE_TUNING], args.out / 'rates.png')
+    rows = finished(QUESTIONS['detectors'], tasks)
+    if rows:
+        gains(rows, tasks, args.out / 'gains.png')
     if args.data:
         task(args.data, args.out / 'task.jpg')
+
+
+def with_tables(page: str, tasks: dict[str, dict[str, list[Log]]]) -> str:
+    """The page with the tables of all tasks and questions for which it has a place."""
+    for name, arms in tasks.items():
+        tables = '\n'.join(filter(None, (table(arms), differences(arms), best_rates(arms))))
+        page = _put(tables, START.format(name), page)
+    for name, rows in QUESTIONS.items():
+        if done := finished(rows, tasks):
+            page = _put(answer(done, tasks), ANSWER.format(name), page)
+    return page
+
+
+def finished(rows: list[Row], tasks: dict[str, dict[str, list[Log]]]) -> list[Row]:
+    """The rows whose runs have logs."""
+    return [row for row in rows if {row[2], row[3]} <= tasks.get(row[1], {}).keys()]
 
 
 def _put(tables: str, start: str, page: str) -> str:
