@@ -100,6 +100,7 @@ def _write(
     metadata: Any,
 ) -> None:
     import onnx
+    import onnxscript.optimizer
 
     if not ONNX_EXPORT:
         raise RuntimeError(
@@ -130,6 +131,9 @@ def _write(
                 f'{type(network.detector).__name__} cannot be written as ONNX: {reason}'
             ) from error
     assert program is not None  # which only the old exporter returns
+    # The exporter's own limits leave a reshape of each bank to every run.
+    whole = dict(input_size_limit=2**31, output_size_limit=2**31)
+    onnxscript.optimizer.optimize(program.model, num_iterations=1, **whole)
     model = program.model_proto
     model.metadata_props.add(key=key, value=json.dumps(metadata))
     onnx.save(model, os.fspath(path))

@@ -217,8 +217,11 @@ def tiny(_onnx_export, tmp_path_factory):
     return root
 
 
-def test_the_demo_writes_what_it_finds(tiny, tmp_path):
-    output = demo(tiny / 'image.png', tiny / 'tiny.onnx', '--out-dir', tmp_path)
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_the_demo_writes_what_it_finds(tiny, tmp_path, runtime):
+    pytest.importorskip(runtime)
+    options = ('--out-dir', tmp_path, '--runtime', runtime)
+    output = demo(tiny / 'image.png', tiny / 'tiny.onnx', *options)
     assert output == f'wrote 1 images and detections.json to {tmp_path}\n'
     found = json.loads((tmp_path / 'detections.json').read_text())
     score = pytest.approx(0.6, abs=1e-6)

@@ -26,6 +26,8 @@ class Detector:
     def __init__(self, path, runtime='onnxruntime', threads=0):
         try:
             metadata = self._open(str(path), runtime, threads)
+        except ImportError as error:
+            raise ValueError(f'{runtime} is not installed') from error
         except Exception as error:  # the runtimes' own, of many kinds
             if not Path(path).is_file():
                 raise ValueError(f'no such file: {path}') from error
@@ -55,8 +57,8 @@ class Detector:
         )
         # Each call has a request of its own, so that threads can call at the same time.
         self.run = lambda inputs: list(compiled.create_infer_request().infer(inputs).values())
-        framework = model.get_rt_info().get('framework', {})
-        return {KEY: framework[KEY].value} if KEY in framework else {}
+        entry = ['framework', KEY]
+        return {KEY: model.get_rt_info(entry).value} if model.has_rt_info(entry) else {}
 
     def preprocess(self, image):
         """The network's input, its size without the last padding, and the factors of resizing."""

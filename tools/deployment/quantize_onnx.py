@@ -15,6 +15,8 @@ from typing import Any
 import cv2
 import onnx
 from onnx_demo import Detector
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from mmdet_odconv import cli
 
@@ -51,6 +53,16 @@ def inputs_of(detector: Detector, paths: list[Path]) -> Iterator[dict[str, Any]]
         yield dict(zip(('image', 'size', 'scale'), (part[None] for part in parts), strict=True))
 
 
+class Images(CalibrationDataReader):
+    """What ONNX Runtime asks for one image after another."""
+
+    def __init__(self, detector: Detector, paths: list[Path]) -> None:
+        self.rest = inputs_of(detector, paths)
+
+    def get_next(self) -> Any:
+        return next(self.rest, None)
+
+
 def left_out(model: onnx.ModelProto, plain_only: bool) -> list[str]:
     """The nodes that stay as they are: all but convolutions, and of these what ODConv computes."""
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -63,54 +75,42 @@ def left_out(model: onnx.ModelProto, plain_only: bool) -> list[str]:
 
 def main() -> None:
     args = parse_args()
-    cli.require_packages('onnx', 'onnxruntime', *(['nncf'] if args.by == 'nncf' else []))
+    if args.by == 'nncf':
+        cli.require_packages('nncf')
     cli.require_new_file(args.out, args.force)
     paths = cli.find_images(args.images)[: args.limit]
     try:
         detector = Detector(args.onnx)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    model = onnx.load(args.onnx)
-    names = left_out(model, args.plain_only)
-    if args.by == 'nncf':
-        import nncf
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = f'{folder}/prepared.onnx'  # with the shapes that both need
+        quant_pre_process(args.onnx, prepared, skip_symbolic_shape=True)
+        names = left_out(onnx.load(prepared), args.plain_only)
+        if args.by == 'nncf':
+            import nncf
 
-        quantized = nncf.quantize(
-            model,
-            nncf.Dataset(list(inputs_of(detector, paths))),
-            subset_size=len(paths),
-            ignored_scope=nncf.IgnoredScope(names=names, validate=False),
-        )
-        onnx.save(quantized, args.out)
-    else:
-        from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        class Images(CalibrationDataReader):
-            def __init__(self) -> None:
-                self.rest = inputs_of(detector, paths)
-
-            def get_next(self) -> Any:
-                return next(self.rest, None)
-
-        with tempfile.TemporaryDirectory() as folder:
-            prepared = f'{folder}/prepared.onnx'
-            quant_pre_process(args.onnx, prepared, skip_symbolic_shape=True)
+            quantized = nncf.quantize(
+                onnx.load(prepared),
+                nncf.Dataset(list(inputs_of(detector, paths))),
+                subset_size=len(paths),
+                ignored_scope=nncf.IgnoredScope(names=names, validate=False),
+            )
+            onnx.save(quantized, args.out)
+        else:
             quantize_static(
                 prepared,
                 args.out,
-                Images(),
+                Images(detector, paths),
                 op_types_to_quantize=['Conv'],
-                nodes_to_exclude=left_out(onnx.load(prepared), args.plain_only),
+                nodes_to_exclude=names,
                 per_channel=True,
-                # Of 7 bits: with 8, sums of products overflow on x86 processors without VNNI.
-                reduce_range=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
     written = onnx.load(args.out)
     del written.metadata_props[:]
-    written.metadata_props.extend(model.metadata_props)
+    written.metadata_props.extend(onnx.load(args.onnx, load_external_data=False).metadata_props)
     onnx.save(written, args.out)
     print(f'wrote {args.out}, from {len(paths)} images')
 
