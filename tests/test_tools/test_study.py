@@ -237,7 +237,8 @@ def test_a_checkpoint_counts_once_it_has_been_evaluated(tool, tmp_path):
     # The second line was cut off by a kill.
     log.write_text(json.dumps({**metrics, 'step': 9}) + '\n{"loss": 0.')
     assert last_checkpoint(tmp_path) == tmp_path / 'epoch_9.pth'
-    assert last_checkpoint(tmp_path, evaluated=False) == tmp_path / 'epoch_10.pth'
+    for not_evaluated in (dict(val_begin=11), dict(val_interval=3)):
+        assert last_checkpoint(tmp_path, **not_evaluated) == tmp_path / 'epoch_10.pth'
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ Example: python tools/study/run.py plain od_k4 --seeds 0 1 2
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -104,7 +105,9 @@ def train(config: Config, work_dir: Path) -> Runner:
         Runner: With the trained model.
     """
     config.work_dir = str(work_dir)
-    checkpoint = last_checkpoint(work_dir, evaluated=config.val_dataloader is not None)
+    loop = config.train_cfg
+    first = loop.get('val_begin', 1) if config.val_dataloader is not None else math.inf
+    checkpoint = last_checkpoint(work_dir, first, loop.get('val_interval', 1))
     if checkpoint:
         config.resume, config.load_from = True, str(checkpoint)
     torch.set_num_threads(1)
@@ -150,20 +153,21 @@ def dynamics(runner: Runner) -> dict[str, Any]:
     }
 
 
-def last_checkpoint(work_dir: Path, evaluated: bool = True) -> Path | None:
+def last_checkpoint(work_dir: Path, val_begin: float = 1, val_interval: int = 1) -> Path | None:
     """The newest checkpoint in ``work_dir``, None if there is no such one.
+
+    One whose evaluation is not in the logs does not count if it is to be evaluated: the run was
+    stopped while it wrote or evaluated it, and going on from there would leave the evaluation out.
 
     Args:
         work_dir (Path): Folder of a run.
-        evaluated (bool): Whether only those count whose evaluation is in the logs. The others are
-            of runs that were stopped while they wrote the checkpoint or evaluated it, and going on
-            from there would leave the evaluation out. Default: True.
+        val_begin (float): The first epoch that is evaluated. Default: 1.
+        val_interval (int): How many epochs lie between two evaluations. Default: 1.
     """
     found = {int(path.stem.removeprefix('epoch_')): path for path in work_dir.glob('epoch_*.pth')}
-    if evaluated:
-        epochs = {entry['epoch'] for entry in scalars(work_dir)['evaluations']}
-        found = {epoch: path for epoch, path in found.items() if epoch in epochs}
-    return found[max(found)] if found else None
+    done = {entry['epoch'] for entry in scalars(work_dir)['evaluations']}
+    whole = [e for e in found if e in done or e < val_begin or e % val_interval]
+    return found[max(whole)] if whole else None
 
 
 def scalars(work_dir: Path) -> dict[str, list[dict[str, float]]]:
