@@ -31,7 +31,7 @@ from mmdet_odconv.analysis import (
     share_by_class,
 )
 
-DYNAMIC = 1e-3  # the least standard deviation of an attention that depends on the image
+DYNAMIC = 0.003  # the least standard deviation of an attention that depends on the image
 NOTHING = 'nothing found'
 PICTURE = 360  # longest side of a picture on the page, in pixels
 ATTENTIONS = {
