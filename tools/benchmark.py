@@ -10,6 +10,7 @@ them. The figures are medians, and their ratios to the plain network's are what 
     python tools/benchmark.py --detectors           # whole detectors
     python tools/benchmark.py --layers              # the layers of ResNet-50, one by one
     python tools/benchmark.py --growth              # over K, batch and image side
+    python tools/benchmark.py --peers               # CondConv2d beside timm's, layer by layer
 """
 
 import argparse
@@ -41,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet, cli
+from mmdet_odconv import CondConv2d, ODConv2d, ODMobileNetV2, ODResNet, cli
 from mmdet_odconv.functional import Attentions, record_strategies
 
 VARIANTS = ('plain', 'published', 'ours')
@@ -121,7 +122,9 @@ def published_formula(
     """Equation 3 of the paper, term by term: every kernel of the bank scaled for every sample."""
     batch = x.shape[0]
     channel, filter_, spatial, kernel = attentions
-    x = (x * channel[:, :, None, None]).reshape(1, -1, *x.shape[2:])
+    if channel is not None:
+        x = x * channel[:, :, None, None]
+    x = x.reshape(1, -1, *x.shape[2:])
     weights = bank.unsqueeze(0)
     if spatial is not None:
         weights = weights * spatial.reshape(batch, 1, 1, 1, *bank.shape[3:])
@@ -152,10 +155,13 @@ def main() -> None:
         'detectors': WHOLE,
         'growth': GROWTH,
         'layers': layer_grid(),
+        'peers': peer_grid(),
     }
     results = []
     for case in cases[args.what]:
-        single = isinstance(case, LayerCase)  # Too small to change the next one's memory.
+        single = isinstance(
+            case, LayerCase | PeerCase
+        )  # Too small to change the next one's memory.
         results.append(row(case, args) if single else in_new_process(row, case, args))
         console.print(' '.join(map(shown, results[-1].values())), highlight=False)
     table = Table(*results[0])
@@ -181,6 +187,7 @@ def parse_args() -> argparse.Namespace:
         'detectors': 'whole detectors',
         'layers': 'the layers of ResNet-50',
         'growth': 'over K, batch and image side',
+        'peers': "CondConv2d beside timm's (pip install timm)",
     }.items():
         what.add_argument(f'--{name}', dest='what', action='store_const', const=name, help=text)
     parser.add_argument('--device', default='cpu', help='device (default: cpu)')
@@ -202,6 +209,8 @@ def parse_args() -> argparse.Namespace:
         help='let the C library (glibc) keep what is freed, as other allocators do',
     )
     args = parser.parse_args()
+    if args.what == 'peers':
+        cli.require_packages('timm', install='timm')
     if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
         parser.error(f'--device {args.device}: PyTorch sees no GPU')
     # The formula has no place in the comparison of compiled networks.
@@ -221,8 +230,10 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def row(case: 'Case | LayerCase', args: argparse.Namespace) -> dict[str, Any]:
+def row(case: 'Case | LayerCase | PeerCase', args: argparse.Namespace) -> dict[str, Any]:
     """Ratios of the published formula and of this package to plain."""
+    if isinstance(case, PeerCase):
+        return peer_row(case, args)
     if isinstance(case, LayerCase):
         return layer_row(case, args)
     if case.task == 'peak memory':
@@ -312,6 +323,70 @@ def layer_grid() -> list[LayerCase]:
         for width, side in stages
         for layer in ((4 * width, width, 1), (width, width, 3), (width, 4 * width, 1))
     ]
+
+
+class PeerCase(NamedTuple):
+    """A CondConv layer of both libraries, and what is done with it."""
+
+    task: str
+    channels: int
+    kernel_size: int
+    side: int
+    batch: int
+    kernel_num: int = 8
+
+
+def peer_grid() -> list[PeerCase]:
+    """Layers on maps of 7² to 56², and a small one on a single map, by task and batch."""
+    sizes = ((64, 3, 56), (128, 3, 28), (256, 1, 14), (256, 3, 14), (512, 3, 7))
+    tasks = ('inference', 'training')
+    grid = [PeerCase(task, *size, batch) for task in tasks for size in sizes for batch in (1, 8)]
+    return [*grid, *(PeerCase(task, 32, 3, 20, 1) for task in tasks)]
+
+
+def peer_row(case: PeerCase, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of timm's layer, and ours in units of it; both with the same routing weights."""
+    from timm.layers import CondConv2d as TimmCondConv2d
+
+    task, channels, size, side, batch, kernel_num = case
+    training = task == 'training'
+    theirs = TimmCondConv2d(channels, channels, size, padding=size // 2, num_experts=kernel_num).to(
+        args.device
+    )
+    ours = CondConv2d(
+        channels, channels, size, padding=size // 2, bias=False, kernel_num=kernel_num
+    ).to(args.device)
+    routing = nn.Linear(channels, kernel_num).to(args.device)
+
+    def with_routing(x: Tensor) -> Tensor:
+        # timm's layer is given the weights that ours computes itself.
+        return theirs(x, torch.sigmoid(routing(x.mean((2, 3)))))
+
+    x = torch.randn(batch, channels, side, side, device=args.device, requires_grad=training)
+    parameters = {
+        'plain': (*theirs.parameters(), *routing.parameters()),
+        'ours': tuple(ours.parameters()),
+    }
+
+    def step(name: str, forward: Callable[[Tensor], Tensor]) -> None:
+        if not training:
+            with torch.inference_mode():
+                forward(x)
+            return
+        for parameter in (x, *parameters[name]):
+            parameter.grad = None
+        forward(x).mean().backward()
+
+    runs = {'plain': partial(step, 'plain', with_routing), 'ours': partial(step, 'ours', ours)}
+    seconds = medians(runs, args)
+    return {
+        'task': task,
+        'layer': f'{channels}→{channels} {size}×{size} at {side}×{side}',
+        'batch': batch,
+        'K': kernel_num,
+        'timm': seconds['plain'],
+        'ours / timm': seconds['ours'] / seconds['plain'],
+    }
 
 
 def layer_row(case: LayerCase, args: argparse.Namespace) -> dict[str, Any]:

@@ -111,13 +111,11 @@ def require_new_file(path: str, force: bool) -> None:
         raise SystemExit(f'{path} cannot be written ({error.strerror})') from error
 
 
-def require_packages(*names: str) -> None:
-    """End the program unless these optional packages are installed."""
+def require_packages(*names: str, install: str = '-r requirements/onnx.txt') -> None:
+    """End the program unless these optional packages are installed, and say what to install."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise SystemExit(
-            f'not installed: {", ".join(missing)}; pip install -r requirements/onnx.txt'
-        )
+        raise SystemExit(f'not installed: {", ".join(missing)}; pip install {install}')
 
 
 def find_images(path: str) -> list[Path]:

@@ -5,9 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_odconv import CondConv2d, DyConv2d, ODConv2d, prepare_for_inference
+from mmdet_odconv.functional import Attentions, odconv
 
 
 class Operations(TorchDispatchMode):
@@ -48,6 +50,43 @@ def test_an_evaluation_makes_few_operations_and_calls(bias):
         prepare_for_inference(layer)
         assert len(operations(layer, x)) <= 19
         assert python_calls(layer, x) <= 40
+
+
+# Operations that only look at memory in another way, or reserve it.
+VIEWS = {'view', '_unsafe_view', 't', 'unsqueeze', 'squeeze', 'expand', 'split_with_sizes'}
+VIEWS |= {'transpose', 'detach', 'alias', 'empty', 'slice', 'select', 'permute'}
+
+
+def kernels(names):
+    """How many kernels a GPU would launch for these operations."""
+    launched = [name.split('.')[0] for name in names if name.split('.')[0] not in VIEWS]
+    # A convolution's backward pass has one for the input and one for the weight.
+    return len(launched) + launched.count('convolution_backward')
+
+
+@pytest.mark.parametrize('prepared', [False, True])
+def test_an_accelerator_launches_few_kernels(prepared):
+    """Of the operator that GPUs get, and of the layer with its attention and BatchNorm."""
+    torch.manual_seed(0)
+    layer = ODConv2d(16, 16, 3, padding=1, bias=False, strategy='grouped_conv')
+    x = torch.randn(4, 16, 8, 8, requires_grad=True)
+    if prepared:
+        prepare_for_inference(nn.Sequential(layer.eval()))
+        with torch.no_grad():
+            assert kernels(operations(layer, x)) <= 12
+        return
+    attentions = [a.detach().requires_grad_() for a in layer.attention(x)]
+    bank = layer.weight
+
+    def operator(x):
+        return odconv(x, bank, Attentions(*attentions), padding=1, strategy='grouped_conv')
+
+    y = operator(x)
+    assert kernels(operations(operator, x)) <= 12
+    assert kernels(operations(y.backward, torch.randn_like(y))) <= 25
+    y = layer(x)
+    assert kernels(operations(layer, x)) <= 16
+    assert kernels(operations(y.backward, torch.randn_like(y))) <= 32
 
 
 @pytest.mark.parametrize('kind', [CondConv2d, DyConv2d, partial(ODConv2d, attentions=['kernel'])])

@@ -98,3 +98,11 @@ def test_no_rounds_are_refused(tool, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tool.parse_args()
     assert '--rounds: must be a whole number of at least 1, got 0' in capsys.readouterr().err
+
+
+def test_peers_need_timm(tool, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    monkeypatch.setattr('mmdet_odconv.cli.files.find_spec', lambda name: None)
+    monkeypatch.setattr(sys, 'argv', ['', '--peers'])
+    with pytest.raises(SystemExit, match='not installed: timm; pip install timm'):
+        tool.main()
