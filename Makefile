@@ -11,7 +11,7 @@
 #   make study-run  train the runs that have no log yet: hours
 #   make road       pretrain a small backbone as a classifier, and train a detector from it
 #   make docs   the documentation, as a site in site/; docs-serve shows it while you write
-#   make docs-check  runs the code of the documentation, the whole tutorial too: a quarter of an hour
+#   make docs-check  runs the code of the documentation
 #   make cuda   the tests and the benchmark on a GPU, written to work_dirs/benchmark_cuda*.json
 #   make clean  remove what the above made, the virtual environment included
 

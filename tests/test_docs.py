@@ -4,8 +4,6 @@ The blocks of a page run in their order, in one process and one folder with the 
 and tools in it. A block with ``title="x.py"`` is written to that file, and read as a config if it
 has a ``_base_``. A comment above a block can say why it does not run, ``<!-- not run: reason -->``,
 or which packages it needs, ``<!-- needs: onnx, onnxscript -->``.
-
-The tutorial takes minutes, so that ``make docs-check`` alone follows it.
 """
 
 import os
@@ -37,7 +35,6 @@ PAGES = sorted(
     for page in (path.relative_to(ROOT / 'docs') for path in (ROOT / 'docs').rglob('*.md'))
     if page.name not in NOT_RUN and f'{page.parts[0]}.md' not in NOT_RUN
 )
-TUTORIAL = 'tutorial.md'
 BLOCK = re.compile(
     r'(?:<!-- (?P<mark>not run|needs): (?P<what>.+?) -->\n)?'
     r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```$',
@@ -92,7 +89,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', [page for page in PAGES if page != TUTORIAL])
+@pytest.mark.parametrize('page', PAGES)
 def test_the_code_of_a_page_runs(page, folder):
     code, left = blocks(page)
     print(*left, sep='\n')
@@ -109,22 +106,6 @@ def test_the_code_of_a_page_runs(page, folder):
             script.append(block.code)
     (folder / 'page.py').write_text('\n'.join(script))
     run([sys.executable, 'page.py'], folder)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.skipif('DOCS_CHECK' not in os.environ, reason='minutes long: make docs-check')
-def test_the_tutorial(folder):
-    output = ''
-    for block in blocks(TUTORIAL)[0]:
-        if block.title:
-            (folder / block.title).write_text(block.code)
-        else:
-            assert block.language == 'shell'
-            output += run(['bash', '-e', '-c', block.code], folder)
-    assert len(list((folder / 'detections').glob('*.png'))) == 6
-    assert (folder / 'detector.onnx').is_file()
-    assert float(re.findall(r'coco/bbox_mAP: (\S+)', output)[-1]) > 0.3
 
 
 @pytest.mark.slow

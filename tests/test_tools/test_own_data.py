@@ -1,5 +1,6 @@
 """docs/own_data.md, followed on generated images."""
 
+import json
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from tests.conftest import ROOT
 from tests.test_tools.test_train_and_test import run_tool
 
 PAGE = (ROOT / 'docs/own_data.md').read_text()
-SMALL_DETECTOR = 'A small detector, without a network'
+SMALL_DETECTOR = 'Small and offline'
 CLASSES = ('circle', 'square', 'triangle', 'star', 'cross')
 SMALL = [
     'train_cfg.max_epochs=1',
@@ -59,6 +60,30 @@ def own(tmp_path_factory):
         text = text.replace(old, new)
     path.write_text(text)
     return SimpleNamespace(root=root, data=data)
+
+
+def test_a_folder_of_images_is_split(tmp_path, monkeypatch):
+    images = [dict(id=i + 7, file_name=f'day{i % 2}/{i}.jpg') for i in range(10)]
+    boxes = [dict(id=i, image_id=i + 7, bbox=[0, 0, 4, 4]) for i in range(10)]
+    root = tmp_path / 'data/own'
+    (root / 'annotations').mkdir(parents=True)
+    labels = dict(images=images, annotations=boxes, categories=[dict(id=1, name='cat')])
+    (root / 'annotations/all.json').write_text(json.dumps(labels))
+    for image in images:
+        (root / 'images' / image['file_name']).parent.mkdir(parents=True, exist_ok=True)
+        (root / 'images' / image['file_name']).touch()
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r'```python title="split.py"\n(.*?)```', PAGE, re.DOTALL)
+    exec(code, {})
+    seen = []
+    for part in ('train', 'val'):
+        found = json.loads((root / f'annotations/{part}.json').read_text())
+        ids = [image['id'] for image in found['images']]
+        assert [box['image_id'] for box in found['annotations']] == ids
+        assert all((root / part / image['file_name']).is_file() for image in found['images'])
+        seen.append(ids)
+    assert seen[1] == [11, 16]  # every fifth
+    assert sorted(seen[0] + seen[1]) == list(range(7, 17))
 
 
 @pytest.mark.slow

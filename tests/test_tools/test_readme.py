@@ -1,6 +1,7 @@
 """What README and docs/detectors.md tell, followed on generated images."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -59,8 +60,29 @@ def test_the_chinese_readme_has_the_same_commands_and_links():
         assert (ROOT / link).exists(), link
 
 
+def prose(page):
+    """A page without its code and without the targets of its links."""
+    text = re.sub(r'```.*?```', '', (ROOT / page).read_text(), flags=re.DOTALL)
+    return re.sub(r'\]\([^)]*\)', ']', text)
+
+
+def test_the_chinese_readme_has_the_same_figures():
+    figures = [
+        Counter(re.findall(r'\d+(?:\.\d+)*', prose(page)))
+        for page in ('README.md', 'README_zh-CN.md')
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_the_first_screen_of_the_readme_is_short():
+    first = (ROOT / 'README.md').read_text().partition('## Install')[0]
+    assert len(first.split()) <= 330
+    assert all(len(part.split()) <= 60 for part in first.split('\n\n') if part[0] not in '|`')
+    assert len(re.findall(r'^\|', first, re.MULTILINE)) <= 2 + 6
+
+
 def test_the_code_of_the_readme(tmp_path):
-    python, config = code('README.md')[1:3]
+    python, _, config, *_ = code('README.md')
     register_all_modules()
     path = tmp_path / 'my_yolox.py'
     path.write_text(config)
@@ -83,7 +105,7 @@ def test_a_detector_of_the_zoo_on_ones_own_data(tmp_path):
         text = text.replace(old, new)
     static = tmp_path / 'static.pth'
     path = tmp_path / 'my_yolox.py'
-    path.write_text(text.replace('ROOT', str(root)).replace('None', repr(str(static))))
+    path.write_text(text.replace('ROOT', str(root)).replace("'yolox_tiny.pth'", repr(str(static))))
 
     register_all_modules()
     model = Config.fromfile(path).model
