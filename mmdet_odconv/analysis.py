@@ -15,7 +15,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from .functional import Attentions
-from .layers.odconv import _ODConvNd
+from .layers import DynamicConvNd
 
 SATURATED = 0.01
 """An attention nearer than this to 0 or 1 counts as saturated: its gradient is almost 0."""
@@ -64,14 +64,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def odconv_layers(model: nn.Module) -> dict[str, _ODConvNd]:
+def odconv_layers(model: nn.Module) -> dict[str, Any]:
     """The ODConv, CondConv and DyConv layers of a model by name, without the names of wrappers.
 
     Raises:
         ValueError: The model has none.
     """
     model = unwrapped(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, _ODConvNd)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, DynamicConvNd) and hasattr(module, 'attention')
+    }
     if not layers:
         raise ValueError(f'the model ({type(model).__name__}) has no ODConv layer to analyse')
     return layers
@@ -138,7 +142,7 @@ class AttentionMeter:
     def __init__(self, model: nn.Module) -> None:
         self.layers = odconv_layers(model)
         self._sums = {
-            name: {attention: _Sums(size) for attention, size in _sizes(layer).items()}
+            name: {attention: _Sums(size) for attention, size in layer.attention_sizes().items()}
             for name, layer in self.layers.items()
         }
         self._samples = dict.fromkeys(self.layers, 0)
@@ -276,15 +280,14 @@ def share_by_class(values: Tensor, classes: Sequence[str]) -> float | None:
     return 1 - (within / (number - groups) / (total / (number - 1))).item()
 
 
-def kernel_similarity(layer: _ODConvNd) -> float | None:
-    """Mean cosine between two kernels of a layer's bank, None if there is one kernel alone."""
-    weight = _whole(layer.weight)
-    # FullyShardedDataParallel leaves a flat piece of the bank, or nothing, in each process.
-    if layer.kernel_num == 1 or weight.dim() != layer.ndim + 3:
+def kernel_similarity(layer: DynamicConvNd) -> float | None:
+    """Mean cosine between two kernels of a layer's bank, None if it has no such bank."""
+    kernels = layer.kernel_bank()
+    if kernels is None:
         return None
-    bank = nn.functional.normalize(weight.flatten(1).float(), dim=1)
+    bank = nn.functional.normalize(kernels.flatten(1).float(), dim=1)
     cosines = bank @ bank.T
-    pairs = layer.kernel_num * (layer.kernel_num - 1)
+    pairs = len(bank) * (len(bank) - 1)
     return ((cosines.sum() - cosines.trace()) / pairs).item()
 
 
@@ -321,18 +324,6 @@ class _Sums:
 
     def entropy(self, samples: int) -> float:
         return self.values[1].item() / (samples * math.log(self.size))
-
-
-def _sizes(layer: _ODConvNd) -> dict[str, int]:
-    """The attentions that a layer computes, with the number of their values for each sample."""
-    sizes = {
-        'channel': layer.in_channels,
-        'filter': layer.out_channels,
-        'spatial': math.prod(layer.kernel_size),
-        'kernel': layer.kernel_num,
-    }
-    heads = dict(layer.attention.named_children())
-    return {name: size for name, size in sizes.items() if heads.get(f'{name}_fc') is not None}
 
 
 def _replacer(

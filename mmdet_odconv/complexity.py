@@ -1,6 +1,7 @@
 """Parameters and multiply-adds of a model with ODConv layers, counted by MMEngine's analyser."""
 
 import copy
+from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,9 +10,7 @@ from mmengine.analysis import FlopAnalyzer, parameter_count
 from torch import Tensor, nn
 
 from .analysis import evaluation_mode
-from .layers import ODAttention
-from .layers.attention import PreparedAttention
-from .layers.odconv import _ODConvNd
+from .layers import DynamicConvNd
 
 # Norms can be folded into convolutions, and the others are a few operations for each output.
 _UNCOUNTED = (
@@ -24,7 +23,6 @@ _UNCOUNTED = (
     'adaptive_avg_pool2d',
     'grid_sampler',
 )
-_PLAIN: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Complexity(NamedTuple):
@@ -33,7 +31,7 @@ class Complexity(NamedTuple):
     Attributes:
         parameters (int): Parameters.
         convolution (int): Multiply-adds of convolutions and other matrix products.
-        mixture (int): Multiply-adds of the mixtures of kernel banks: K for each entry of a kernel
+        mixture (int): Multiply-adds that make the kernels, for ODConv K for each entry of a kernel
             and each sample.
         attention (int): Multiply-adds of the attention branches.
     """
@@ -72,24 +70,35 @@ def count_complexity(model: nn.Module, *inputs: Tensor, **others: Any) -> dict[s
     analyser.tracer_warnings('none')
     own = vars(model).get('forward')
     model.forward = partial(model.forward, **others)  # a trace takes nothing but tensors
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DynamicConvNd)}
+    samples: Counter[str] = Counter()
+
+    def counter(name: str) -> Any:
+        return lambda layer, args: samples.update({name: int(args[0].shape[0])})
+
+    handles = [layer.register_forward_pre_hook(counter(n)) for n, layer in layers.items()]
     try:
         with evaluation_mode(model), torch.no_grad():
             total, by_operator = analyser.by_module(), analyser.by_module_and_operator()
     finally:
+        for handle in handles:
+            handle.remove()
         del model.forward
         if own is not None:
             model.forward = own
     parameters = parameter_count(model)
-    mixtures, attentions = {}, {}
-    for name, module in model.named_modules():
-        if isinstance(module, ODAttention | PreparedAttention):
-            attentions[name] = total[name]
-        elif isinstance(module, _ODConvNd):
-            mixtures[name] = by_operator[name]['matmul']
+    products, uncounted, attentions = {}, {}, {}
+    for name, layer in layers.items():
+        products[name] = by_operator[name]['matmul']
+        uncounted[name] = samples[name] * layer.uncounted_madds()
+        for child, _ in layer.named_children():
+            path = f'{name}.{child}' if name else child
+            attentions[path] = total[path]
     found = {}
     for name, _ in model.named_modules():
-        mixture, attention = (_within(name, parts) for parts in (mixtures, attentions))
+        mixture, attention = (_within(name, parts) for parts in (products, attentions))
         convolution = total[name] - mixture - attention
+        mixture += _within(name, uncounted)
         found[name] = Complexity(parameters[name], convolution, mixture, attention)
     return found
 
@@ -105,23 +114,6 @@ def plain_twin(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for parent in list(twin.modules()):
         for name, layer in parent.named_children():
-            if isinstance(layer, _ODConvNd):
-                setattr(parent, name, _plain(layer))
+            if isinstance(layer, DynamicConvNd):
+                setattr(parent, name, layer.plain_convolution())
     return twin
-
-
-def _plain(layer: _ODConvNd) -> nn.Module:
-    plain: nn.Module = _PLAIN[layer.ndim](
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
-        layer.weight.device,
-        layer.weight.dtype,
-    )
-    return plain

@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import logging
-import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .functional.arguments import ArgumentError, check_number
-from .layers.odconv import _ODConvNd
+from .layers import DynamicConvNd
 
 _OWN = ('attention_lr_mult', 'attention_decay_mult', 'bank_lr_mult')
 
@@ -109,7 +108,7 @@ class ODConvOptimWrapperConstructor:
         group_of = groups_by_parameter(given)
         changed: dict[int, dict[str, float]] = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, _ODConvNd):
+            if isinstance(layer, DynamicConvNd):
                 changed |= self._changes(name, layer, group_of)
         groups: list[dict[str, Any]] = []
         for group in given:
@@ -144,14 +143,14 @@ class ODConvOptimWrapperConstructor:
         return defaults
 
     def _changes(
-        self, name: str, layer: _ODConvNd, group_of: dict[int, dict[str, Any]]
+        self, name: str, layer: DynamicConvNd, group_of: dict[int, dict[str, Any]]
     ) -> dict[int, dict[str, float]]:
         """What differs from the groups of the other constructor, by parameter."""
         changes = {}
         bank = f'{name}.weight'
         attention = {
-            f'{name}.attention.{inner}': parameter
-            for inner, parameter in layer.attention.named_parameters()
+            f'{name}.{inner}': parameter
+            for inner, parameter in layer.attention_parameters().items()
             if id(parameter) in group_of
         }
         bank_key = self._own_key(bank, attention)
@@ -183,14 +182,10 @@ class ODConvOptimWrapperConstructor:
                 return {} if any(key in other for other in others) else self.custom_keys[key]
         return {}
 
-    def _bank_factor(self, layer: _ODConvNd) -> float:
+    def _bank_factor(self, layer: DynamicConvNd) -> float:
         if self.bank_lr_mult != 'compensated':
             return float(self.bank_lr_mult)
-        attention = layer.attention.constant_product()
-        if _is_sgd({**self.optimizer, 'type': self.optimizer_type}):
-            return layer.kernel_num / attention**2
-        spread = layer.spread if layer.kernel_num > 1 else 0.0
-        return math.hypot(1, spread) / attention
+        return layer.compensation(_is_sgd({**self.optimizer, 'type': self.optimizer_type}))
 
 
 class _Groups(Optimizer):
@@ -247,8 +242,9 @@ def _table(model: nn.Module, groups: list[dict[str, Any]]) -> str:
     """How many parameters have which rate and decay, kernel banks and attentions apart."""
     kinds: dict[int, str] = {}
     for layer in model.modules():
-        if isinstance(layer, _ODConvNd):
-            kinds |= dict.fromkeys(map(id, layer.attention.parameters()), 'attentions of ODConv')
+        if isinstance(layer, DynamicConvNd):
+            attention = layer.attention_parameters().values()
+            kinds |= dict.fromkeys(map(id, attention), 'attentions of ODConv')
             kinds[id(layer.weight)] = 'kernel banks of ODConv'
     rates = {
         parameter: (f'{group["lr"]:.3g}', f'{group.get("weight_decay", 0):.3g}')

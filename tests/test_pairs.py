@@ -24,7 +24,7 @@ from mmdet_odconv import (
     use_valid_pooling,
 )
 from mmdet_odconv.deployment import collapse_static_layers
-from mmdet_odconv.layers import DYNAMIC_TYPES
+from mmdet_odconv.layers import DynamicConvNd
 from tests.reference import randomise, reference_forward
 
 RATE, MOMENTUM, DECAY, AVERAGING = 0.05, 0.9, 0.01, 0.3
@@ -137,7 +137,7 @@ def converted(plain, case, **options):
 
 
 def dynamic_layers(model):
-    return [module for module in model.modules() if isinstance(module, DYNAMIC_TYPES)]
+    return [module for module in model.modules() if isinstance(module, DynamicConvNd)]
 
 
 def train(model, case, data, **rates):

@@ -7,7 +7,6 @@ from torch import nn
 
 from ..functional.arguments import ArgumentError
 from ..layers import DynamicConvNd
-from ..layers.odconv import _ODConvNd
 
 
 class ODConvBackbone:
@@ -23,7 +22,7 @@ class ODConvBackbone:
             for ODConv.
         reduction (float, optional): Width of the attention branches relative to their input, None
             for branches without a squeeze. Default: that of the layer, which is 1/16 for ODConv.
-        temperature (float): T of the attentions. Default: 1.0.
+        temperature (float, optional): T of the attentions. Default: that of the layer, 1.0.
         odconv_cfg (dict, optional): Further arguments of every layer, for example
             ``dict(norm_cfg=dict(type='LN'))``. A ``type`` in it replaces
             :class:`~mmdet_odconv.ODConv2d`, for example ``dict(type='FDConv2d')``.
@@ -40,20 +39,20 @@ class ODConvBackbone:
         self,
         *args: Any,
         kernel_num: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         odconv_cfg: dict[str, Any] | None = None,
         train_frozen_attentions: bool = False,
         **kwargs: Any,
     ) -> None:
         # Before the constructor of mmdet's backbone, which may build its stages with odconv_like.
-        self._odconv_args = {'temperature': temperature, **(odconv_cfg or {})}
-        if kernel_num is not None:
-            self._odconv_args.setdefault('kernel_num', kernel_num)
+        given: dict[str, Any] = dict(kernel_num=kernel_num, temperature=temperature)
+        self._odconv_args = {name: value for name, value in given.items() if value is not None}
+        self._odconv_args |= odconv_cfg or {}
         if 'reduction' in kwargs:
             self._odconv_args['reduction'] = kwargs.pop('reduction')
         kind = self._odconv_args.pop('type', 'ODConv2d')
         layer = MODELS.get(kind) if isinstance(kind, str) else kind
-        dynamic = isinstance(layer, type) and issubclass(layer, _ODConvNd | DynamicConvNd)
+        dynamic = isinstance(layer, type) and issubclass(layer, DynamicConvNd)
         if not (dynamic and layer.ndim == 2):
             raise ArgumentError(
                 "odconv_cfg.type must be a 2-D dynamic convolution, such as 'ODConv2d', "
@@ -69,7 +68,7 @@ class ODConvBackbone:
             backbone: Any = self
             for layer in backbone.modules():
                 if isinstance(layer, self._layer):
-                    for parameter in layer.attention_parameters():
+                    for parameter in layer.attention_parameters().values():
                         parameter.requires_grad = True
 
     @property

@@ -22,7 +22,7 @@ from ..backbones import EfficientNetLite
 from ..checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
 from ..checkpoint.reading import web_address
 from ..deployment import collapse_static_layers
-from ..layers.odconv import _ODConvNd
+from ..layers import DynamicConvNd
 from .configs import shorten_report
 from .files import not_found, require_file
 from .mistakes import mistakes_in_one_sentence
@@ -138,9 +138,9 @@ def require_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 def _other_shapes(model: nn.Module, entries: dict[str, Any]) -> list[str]:
     """What has one shape in the file and another in the model, banks of another K apart."""
     banks = {
-        f'{name}.weight' if name else 'weight'
+        f'{name}.weight' if name else 'weight': module.kernel_shape
         for name, module in model.named_modules()
-        if isinstance(module, _ODConvNd)
+        if isinstance(module, DynamicConvNd)
     }
     kernel_nums: Counter[tuple[int, int]] = Counter()
     others = []
@@ -148,7 +148,7 @@ def _other_shapes(model: nn.Module, entries: dict[str, Any]) -> list[str]:
         theirs = entries.get(name)
         if not isinstance(theirs, Tensor) or theirs.shape == ours.shape:
             continue
-        if name in banks and theirs.shape == ours.shape[1:]:
+        if theirs.shape == banks.get(name):
             continue
         if name in banks and theirs.shape[1:] == ours.shape[1:]:
             kernel_nums[len(theirs), len(ours)] += 1

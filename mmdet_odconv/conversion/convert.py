@@ -6,13 +6,14 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import torch
+from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..deployment import keep_fuse_methods_right
 from ..functional.arguments import ArgumentError, check_integer
-from ..layers import DYNAMIC_TYPES, CalibratedNorm, ODConv1d, ODConv2d, ODConv3d
-from ..layers.odconv import _ODConvNd
+from ..layers import CalibratedNorm, DynamicConvNd, ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation
 from .report import ConversionReport
@@ -39,7 +40,7 @@ def convert_to_odconv(
     include: Patterns = 'backbone',
     exclude: Patterns = (),
     min_channels: int = 1,
-    layer: str = 'ODConv',
+    layer: str | type = 'ODConv',
     **odconv_args: Any,
 ) -> ConversionReport:
     """Replace plain convolutions of ``model`` with ODConv layers that compute the same, in place.
@@ -77,8 +78,9 @@ def convert_to_odconv(
             is found in its dotted name. Default: none.
         min_channels (int): Convolutions with fewer input or output channels stay plain.
             Default: 1.
-        layer (str): Type of the new layers: 'ODConv', or 'CondConv2d', 'DyConv2d' or 'FDConv2d',
-            which replace 2-D convolutions only. Default: 'ODConv'.
+        layer (str | type): Type of the new layers: 'ODConv', or the name or class of any registered
+            dynamic convolution, such as 'FDConv2d', 'CondConv2d', 'DyConv2d' or one of your own,
+            which replaces the convolutions of its number of dimensions. Default: 'ODConv'.
         **odconv_args: Further arguments of the layer, with its own meanings and defaults, for
             example ``reduction=1 / 4`` or ``norm_cfg=dict(type='LN')``
             (:class:`~mmdet_odconv.ODConv2d`).
@@ -136,11 +138,12 @@ def convert_to_odconv(
 def _require_known(odconv_args: dict[str, Any], layer_type: type) -> None:
     """Raise ConversionError for what is no argument of the layer's own."""
     conversion = inspect.signature(convert_to_odconv).parameters
-    # Those of CondConv2d and DyConv2d are those of ODConv2d.
-    signature = inspect.signature(ODConv2d if issubclass(layer_type, _ODConvNd) else layer_type)
-    own = signature.parameters.keys() - inspect.signature(nn.Conv2d).parameters
-    known = sorted({*own, *conversion} - {'model', 'odconv_args'})
-    for name in odconv_args.keys() - own:
+    plain = inspect.signature(nn.Conv2d).parameters
+    own = inspect.signature(layer_type).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+        return  # the layer itself knows
+    known = sorted({*own, *conversion} - {'model', 'odconv_args', *plain})
+    for name in odconv_args.keys() - (own.keys() - plain.keys()):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f'; is it {near[0]!r}?' if near else f'; known are {", ".join(known)}'
         raise ConversionError(f'there is no argument {name!r}{hint}')
@@ -171,20 +174,28 @@ def _reason_to_keep(
     return None
 
 
-def _layer_types(name: str) -> dict[int, Any]:
+def _layer_types(layer: str | type) -> dict[int, Any]:
     """The types of the new layers, by their numbers of dimensions."""
-    if name == 'ODConv':
+    if layer == 'ODConv':
         return {1: ODConv1d, 2: ODConv2d, 3: ODConv3d}
-    types = {kind.__name__: kind for kind in DYNAMIC_TYPES}
-    if name not in types:
-        raise ConversionError(f"layer must be 'ODConv' or one of {sorted(types)}, got {name!r}")
-    return {types[name].ndim: types[name]}
+    found = MODELS.get(layer) if isinstance(layer, str) else layer
+    if not (isinstance(found, type) and issubclass(found, DynamicConvNd)):
+        known = {name for name, kind in MODELS.module_dict.items() if _is_dynamic(kind)}
+        raise ConversionError(
+            f'layer must be a dynamic convolution, such as {sorted(known)}, got {layer!r}'
+        )
+    return {found.ndim: found}
+
+
+def _is_dynamic(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, DynamicConvNd)
 
 
 def _layer_like(conv: Any, new_type: Any, **odconv_args: Any) -> nn.Module:
     """A layer of the new type that can stand in the place of ``conv``."""
     layer = new_type.like(conv, **odconv_args)
-    layer.load_state_dict(conv.state_dict(), strict=False)  # a bank of the same function
+    layer.load_state_dict(conv.state_dict(), strict=False)  # a weight of the same function
+    _require_same_function(layer, conv)
     layer.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:
         layer.bias.requires_grad_(conv.bias.requires_grad)
@@ -193,6 +204,28 @@ def _layer_like(conv: Any, new_type: Any, **odconv_args: Any) -> nn.Module:
         # The very same dicts, so that the handles that registering gave still remove the hooks.
         setattr(layer, name, getattr(conv, name))
     return layer
+
+
+@torch.no_grad()
+def _require_same_function(layer: Any, conv: Any) -> None:
+    """Raise ConversionError unless the new layer computes what ``conv`` does."""
+    if conv.weight.is_meta or type(conv.weight) is not nn.Parameter:  # without values
+        return
+    padding = (0,) * layer.ndim if isinstance(conv.padding, str) else conv.padding
+    sizes = [
+        max(d * (k - 1), p) + 1
+        for d, k, p in zip(conv.dilation, conv.kernel_size, padding, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((1, conv.in_channels, *sizes), generator=generator).to(conv.weight)
+    # Not by calls, which would run hooks.
+    expected, found = conv.forward(x).double(), layer.eval().forward(x).double()
+    difference = ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    if difference > (1e-3 if torch.finfo(x.dtype).bits > 16 else 0.1):
+        raise ConversionError(
+            f'with the weights of a {type(conv).__name__}, a {type(layer).__name__} gives '
+            f'something else, {difference:.1%} off: its from_static does not fit its attentions'
+        )
 
 
 def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
@@ -210,7 +243,7 @@ def _warn_of_shared_norms(
     names = [
         convolutions[conv][0].name
         for conv, layer in layers.items()
-        if isinstance(layer.attention.bn, _BatchNorm | CalibratedNorm)
+        if any(isinstance(m, _BatchNorm | CalibratedNorm) for m in layer.modules())
         and any(serves_several_levels(site) for site in convolutions[conv])
     ]
     if names:

@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.model import BaseModule
 from torch import nn
 
-from ..layers import DYNAMIC_TYPES
+from ..layers import DynamicConvNd
 
 
 class InitWeights:
@@ -37,7 +37,7 @@ class InitWeights:
             type(self.model).init_weights(self.model)
         for layer in layers:
             if layer not in loaded:
-                getattr(layer, 'reset_attention', layer.attention.reset_parameters)()
+                layer.reset_attention()
 
 
 def _uninitialised(module: Any, called: bool = True, reached: bool = False) -> Iterator[Any]:
@@ -54,7 +54,7 @@ def _uninitialised(module: Any, called: bool = True, reached: bool = False) -> I
     if called and (type(module).init_weights is not BaseModule.init_weights or module.init_cfg):
         reached = True
     for child in module.children():
-        if not isinstance(child, DYNAMIC_TYPES):
+        if not isinstance(child, DynamicConvNd):
             yield from _uninitialised(child, called, reached)
         elif reached:
             yield child
@@ -62,7 +62,7 @@ def _uninitialised(module: Any, called: bool = True, reached: bool = False) -> I
 
 def keep_initialisation(model: Any) -> None:
     """Let ``model.init_weights()``, if there is one, go by :class:`InitWeights`."""
-    if hasattr(model, 'init_weights') and not isinstance(model, DYNAMIC_TYPES):
+    if hasattr(model, 'init_weights') and not isinstance(model, DynamicConvNd):
         model.init_weights = InitWeights(model)
 
 
@@ -86,7 +86,7 @@ def _noting_loads(layers: list[Any]) -> Iterator[set[nn.Module]]:
 @contextmanager
 def _skipped_by_mmengine(model: nn.Module) -> Iterator[None]:
     """Let mmengine's walk over the children not call the layers' own ``init_weights``."""
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, DYNAMIC_TYPES)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, DynamicConvNd)]
     for layer in layers:
         layer.is_init = True
     try:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..layers import DYNAMIC_TYPES
+from ..layers import DynamicConvNd
 from .site import CONV_TYPES, DEFORMABLE_TYPES, Site
 
 # Plain convolutions that can be replaced, with their numbers of dimensions.
@@ -52,7 +52,7 @@ def blocking_reason(site: Site, elsewhere: str | None) -> str | None:
     conv = site.conv
     if not site.path:
         return 'the model itself'
-    if isinstance(conv, DYNAMIC_TYPES):
+    if isinstance(conv, DynamicConvNd):
         return f'{type(conv).__name__} already'
     if any(isinstance(module, DEFORMABLE_TYPES) for module in (*site.path, conv)):
         return 'deformable convolution'

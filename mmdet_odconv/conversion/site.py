@@ -11,10 +11,10 @@ from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..layers import DYNAMIC_TYPES
+from ..layers import DynamicConvNd
 
 DEFORMABLE_TYPES = (DeformConv2d, ModulatedDeformConv2d)
-CONV_TYPES = (_ConvNd, *DEFORMABLE_TYPES, *DYNAMIC_TYPES)
+CONV_TYPES = (_ConvNd, *DEFORMABLE_TYPES, DynamicConvNd)
 
 
 class Site(NamedTuple):

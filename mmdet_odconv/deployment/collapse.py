@@ -10,10 +10,7 @@ from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
 from ..analysis import AttentionMeter, evaluation_mode, odconv_layers, unwrapped
-from ..functional import Attentions, mix_kernel_bank
 from ..functional.arguments import check_number
-
-_PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass
@@ -89,7 +86,11 @@ def collapse_static_layers(
         if not report.std:
             raise ValueError('no dynamic layer was used: no images were given')
         means = meter.means()
-        report.collapsed = [name for name, std in report.std.items() if std <= threshold]
+        report.collapsed = [
+            name
+            for name, std in report.std.items()
+            if std <= threshold and meter.layers[name].at_attentions(means[name]) is not None
+        ]
         plain = {
             meter.layers[name]: _at_means(meter.layers[name], means[name]).train(modes[name])
             for name in report.collapsed
@@ -110,33 +111,11 @@ def collapse_static_layers(
 
 def _at_means(layer: Any, means: dict[str, Tensor]) -> nn.Module:
     """The plain convolution that ``layer`` is with these attentions."""
-    c, f, s, k = (means.get(name) for name in Attentions._fields)
-    bank = layer.weight.detach().double()
-    rows = [None if a is None else a.to(bank)[None] for a in (s, k)]
-    weight = mix_kernel_bank(bank, *rows)[0]
-    shape = (-1, *(1,) * (weight.dim() - 1))
-    if f is not None:
-        weight = weight * f.to(bank).reshape(shape)
-    if c is not None:
-        # Filter i of group g reads the channels of g.
-        per_group = c.to(bank).reshape(layer.groups, 1, -1, *(1,) * layer.ndim)
-        weight = (weight.reshape(layer.groups, -1, *weight.shape[1:]) * per_group).flatten(0, 1)
-    conv: Any = _PLAIN[layer.ndim](
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
-        layer.weight.device,
-        layer.weight.dtype,
-    )
+    conv: Any = layer.plain_convolution()
+    weight, bias = layer.at_attentions(means)
     conv.weight.copy_(weight)
-    if layer.bias is not None:
-        conv.bias.copy_(layer.bias)
+    if bias is not None:
+        conv.bias.copy_(bias)
     return conv
 
 

@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import DYNAMIC_TYPES, DynamicConvNd, ODAttention
+from ..layers import DynamicConvNd, ODAttention
 from ..layers.attention import PreparedAttention, constant_affine
 from .execution import directly_following
 
@@ -40,15 +40,19 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
         afterwards.
     """
     before = _batch_norms(model)
-    pairs = list(directly_following(model, (*DYNAMIC_TYPES, *_PLAIN), _BatchNorm))
+    pairs = list(directly_following(model, (DynamicConvNd, *_PLAIN), _BatchNorm))
     for parent, conv_name, norm_name in pairs:
         conv: Any = parent.get_submodule(conv_name)
         norm = parent.get_submodule(norm_name)
-        if type(conv) in (*DYNAMIC_TYPES, *_PLAIN) and _is_constant(norm, conv.out_channels):
-            if isinstance(conv, DYNAMIC_TYPES):
-                _fold_into_bank(norm, conv)
-            else:
-                _fold(norm, conv, dim=0)
+        if not _is_constant(norm, conv.out_channels):
+            continue
+        if isinstance(conv, DynamicConvNd):
+            folded = conv.fold_norm(*_scale_and_shift(norm))
+        else:
+            folded = type(conv) in _PLAIN
+            if folded:
+                _fold(norm, conv)
+        if folded:
             _replace(parent, norm_name)
     attentions = prepared = 0
     for parent in model.modules():
@@ -60,7 +64,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
                 prepared += 1
                 parent._modules[name] = PreparedAttention(child)
             elif child.norm_can_be_folded():
-                _fold(child.bn, child.fc, 0)
+                _fold(child.bn, child.fc)
                 child.bn = nn.Identity()
     _fuse_blocks(model)
     kept = _batch_norms(model)
@@ -113,8 +117,9 @@ def _fuse(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _fuse_blocks(model: nn.Module) -> None:
     """Fold the norms of blocks that would fold them into a dynamic layer themselves."""
     for block in list(_unfused_blocks(model)):
-        if not isinstance(block.bn, nn.Identity):
-            _fold_into_bank(block.bn, block.conv)
+        norm = block.bn
+        if isinstance(norm, _BatchNorm) and not block.conv.fold_norm(*_scale_and_shift(norm)):
+            raise RuntimeError(f'no norm can be folded into a {type(block.conv).__name__}')
         del block.bn
         block.forward = block.forward_fuse
 
@@ -130,7 +135,7 @@ def _unfused_blocks(model: nn.Module) -> Iterator[Any]:
         if hasattr(block, 'forward_fuse') and (
             isinstance(norm, nn.Identity)
             or (
-                type(conv) in DYNAMIC_TYPES
+                isinstance(conv, DynamicConvNd)
                 and isinstance(norm, _BatchNorm)
                 and norm.running_mean is not None
             )
@@ -150,21 +155,13 @@ def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     return affine
 
 
-def _fold_into_bank(norm: Any, layer: Any) -> None:
-    if isinstance(layer, DynamicConvNd):
-        layer.fold_norm(*_scale_and_shift(norm))
-        return
-    layer.has_bias = True
-    _fold(norm, layer, dim=1)
-
-
-def _fold(norm: Any, layer: Any, dim: int) -> None:
-    """Put ``norm`` into the weight, whose outputs lie in dimension ``dim``, and the bias."""
+def _fold(norm: Any, layer: Any) -> None:
+    """Put ``norm`` into a plain layer's weight and bias."""
     scale, shift = _scale_and_shift(norm)
     weight = layer.weight
-    shape = [-1 if i == dim else 1 for i in range(weight.dim())]
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
-    layer.weight = _parameter(weight.detach().double() * scale.reshape(shape), weight)
+    scale = scale.reshape(-1, *(1,) * (weight.dim() - 1))
+    layer.weight = _parameter(weight.detach().double() * scale, weight)
     layer.bias = _parameter(bias, weight)
 
 

@@ -145,7 +145,8 @@ class ODConvAttentionHook(Hook):
         for record in statistics:
             name = record.name
             if self._is_static(record) and self._is_new(name, 'static'):
-                frozen = not any(p.requires_grad for p in self._layers[name].attention.parameters())
+                own = self._layers[name].attention_parameters().values()
+                frozen = not any(parameter.requires_grad for parameter in own)
                 static.append(f'{name} (frozen)' if frozen else name)
             which = [n for n, share in record.saturated.items() if share > self.max_saturated]
             if which and self._is_new(name, 'saturated'):

@@ -8,11 +8,7 @@ from .kernel_attention import CondConv2d, DyConv2d
 from .odconv import ODConv1d, ODConv2d, ODConv3d
 from .valid_pooling import use_valid_pooling
 
-# All layers that make a kernel for each sample.
-DYNAMIC_TYPES = (ODConv1d, ODConv2d, ODConv3d, CondConv2d, DyConv2d, FDConv2d)
-
 __all__ = [
-    'DYNAMIC_TYPES',
     'CalibratedNorm',
     'CondConv2d',
     'DyConv2d',

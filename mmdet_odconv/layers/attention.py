@@ -71,6 +71,8 @@ class ODAttention(nn.Module):
     """
 
     temperature: Tensor
+    # Whether the temperature is one of those that are set for a whole model.
+    is_annealed = True
     channel_fc: 'Pointwise | None'
     filter_fc: 'Pointwise | None'
     spatial_fc: 'Pointwise | None'
@@ -175,7 +177,10 @@ class ODAttention(nn.Module):
             σ(attention_bias / T) where present, and of the sum of the kernel attention, which is 1
             for a softmax and K/2 for sigmoids.
         """
+        t = self.temperature
         norm: Any = self.bn
+        if not t.is_meta and not t.item() > 0:  # left over by `to_empty`
+            self.reset_parameters()
         if hasattr(norm, 'reset_parameters'):
             norm.reset_parameters()
         for head in self._heads():
@@ -457,7 +462,7 @@ class Pointwise(nn.Module):
 
 
 def set_temperature(model: nn.Module, temperature: float) -> int:
-    """Set the temperature of every ODConv layer in ``model``.
+    """Set the temperature of every layer in ``model`` that has one; a CondConv2d has none.
 
     Args:
         model (nn.Module): Any module; wrapped ones (DDP) too.
@@ -469,7 +474,7 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
     Raises:
         ValueError: The temperature is not positive.
     """
-    layers = [m for m in model.modules() if isinstance(m, ODAttention)]
+    layers = [m for m in model.modules() if isinstance(m, ODAttention) and m.is_annealed]
     for layer in layers:
         layer.set_temperature(temperature)
     return len(layers)

@@ -1,29 +1,38 @@
 """What every dynamic convolution shares: a convolution whose kernel is made for each sample."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..functional import convolution_dtype, squeeze
+from ..functional import Attentions, at_least_float32, dynamic_conv, squeeze
 from ..functional.arguments import ArgumentError, check_integer, check_sizes
 from ..functional.attention import cast
-from ..functional.dynamic_conv import dynamic_conv
 from ..functional.implementation import resolve_geometry
+from ..functional.operator import convolution_dtype, needs_plain_operations
 from .valid_pooling import ValidSizes
+
+# Of values and not of a layer, whose stride and padding may be changed.
+resolved = lru_cache(maxsize=4096)(resolve_geometry)
 
 
 class DynamicConvNd(nn.Module):
     """The base of all dynamic convolutions, with the arguments of ``nn.Conv1d/2d/3d``.
 
-    A subclass sets ``ndim``, and its constructor calls this one, :meth:`create_parameters` and, in
-    the end, :meth:`reset_parameters`. Its children are what makes the attentions; each has a
-    method ``reset_parameters``. It defines :meth:`forward_batch`, and as far as the defaults do not
-    fit, :meth:`reset_weight`, :meth:`from_static`, :meth:`fold_norm` and :meth:`mixture_madds`.
-    With that it can be converted, loaded from static weights, exported, fused, trained by
-    :class:`ODConvOptimWrapperConstructor` and counted like ODConv.
+    docs/own_layer.md shows how to write one. Its constructor calls this one, makes the children
+    that compute the attentions, and calls :meth:`create_parameters`. :meth:`forward_batch` computes
+    the output. What else a subclass may have to define, with the default in brackets:
+
+    - :meth:`from_static` (the weight is a static kernel, and the children start neutral)
+    - :meth:`reset_weight` (from a random static kernel), :meth:`fold_norm` (it cannot)
+    - :meth:`compensation` (1), :meth:`uncounted_madds` (0)
+    - :meth:`kernel_bank` and :meth:`at_attentions` (None)
+
+    Conversion, checkpoints, the folding of norms, learning rates, counts and analysis go by these
+    methods.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -112,27 +121,49 @@ class DynamicConvNd(nn.Module):
         )
         return layer
 
+    def plain_convolution(self) -> nn.Module:
+        """A plain convolution with the geometry, device and type of this layer, and new weights."""
+        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.ndim - 1]
+        conv: nn.Module = kind(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            self.weight.device,
+            self.weight.dtype,
+        )
+        return conv
+
     def create_parameters(
         self,
         weight_shape: Sequence[int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Register ``weight``, of this shape, and ``bias``, both without values."""
+        """Register ``weight``, of this shape, and ``bias``, and initialise them."""
         self.weight = nn.Parameter(torch.empty(tuple(weight_shape), device=device, dtype=dtype))
         bias = torch.empty(self.out_channels, device=device, dtype=dtype) if self.has_bias else None
         self.register_parameter('bias', None if bias is None else nn.Parameter(bias))
+        self._reset_own()
 
-    def reset_parameters(self) -> None:
-        """Initialise the layer as the constructor does."""
+    def _reset_own(self) -> None:
         with torch.no_grad():
             self.reset_weight()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise the layer as the constructor does."""
+        self._reset_own()
         self.reset_attention()
 
     def reset_weight(self) -> None:
-        """Draw a static kernel (Kaiming normal, fan_out, ReLU) and start from it."""
+        """Draw a static kernel (Kaiming normal, fan_out, ReLU), and start from it."""
         kernel = self.weight.new_empty(self.kernel_shape)
         nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
         if not kernel.is_meta:
@@ -140,19 +171,25 @@ class DynamicConvNd(nn.Module):
 
     def reset_attention(self) -> None:
         """Initialise the children."""
+        child: Any
         for child in self.children():
-            child.reset_parameters()  # type: ignore[operator]
+            child.reset_parameters()
 
-    def attention_parameters(self) -> list[nn.Parameter]:
-        """The parameters that make the attentions: all but ``weight`` and ``bias``."""
-        return [p for child in self.children() for p in child.parameters()]
+    def reset_to_constant(self) -> None:
+        """Let the attentions be constants, as :meth:`from_static` takes them to be."""
+        child: Any
+        for child in self.children():
+            # Where it can be, without numbers that are drawn, so that processes stay equal.
+            getattr(child, 'reset_to_constant', child.reset_parameters)()
 
     def init_weights(self) -> None:
         """The name under which mmcv and mmengine look for a layer's own initialisation."""
         self.reset_parameters()
 
     def from_static(self, kernel: Tensor, name: str) -> Tensor:
-        """The ``weight`` with which the layer, as it starts, computes what ``kernel`` does.
+        """The ``weight`` with which the layer computes what ``kernel`` does.
+
+        The attentions are those after :meth:`reset_to_constant`.
 
         Args:
             kernel (Tensor): Shape :attr:`kernel_shape`.
@@ -172,38 +209,98 @@ class DynamicConvNd(nn.Module):
         """
         return False
 
-    def mixture_madds(self) -> int:
-        """How many multiply-adds it takes to make the kernel of a sample."""
+    def fold_into_bias(self, scale: Tensor, shift: Tensor) -> None:
+        """What :meth:`fold_norm` does to the bias."""
+        bias = shift if self.bias is None else self.bias.detach().double() * scale + shift
+        self.has_bias = True
+        self.bias = self.parameter_like_weight(bias)
+
+    def parameter_like_weight(self, value: Tensor) -> nn.Parameter:
+        """``value`` as a parameter that has the type of ``weight`` and is as frozen as it."""
+        return nn.Parameter(value.to(self.weight.dtype), self.weight.requires_grad)
+
+    def attention_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the children, which make the attentions, by their names."""
+        return {name: p for name, p in self.named_parameters() if '.' in name}
+
+    def attention_sizes(self) -> dict[str, int]:
+        """How many values each attention has that a child ``attention`` gives as `Attentions`."""
+        sizes = getattr(getattr(self, 'attention', None), 'sizes', ())
+        return {name: n for name, n in zip(Attentions._fields, sizes, strict=False) if n}
+
+    def compensation(self, sgd: bool) -> float:
+        """The factor for the learning rate of ``weight`` after static weights were loaded.
+
+        With it, a step changes the function as much as a step of the plain convolution does.
+
+        Args:
+            sgd (bool): Whether the optimizer is SGD. Others normalise their steps.
+        """
+        return 1.0
+
+    def uncounted_madds(self) -> int:
+        """Multiply-adds for the kernel of a sample that a trace does not count."""
         return 0
+
+    def at_attentions(self, means: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None] | None:
+        """The kernel and bias of the plain convolution that the layer is with fixed attentions.
+
+        Args:
+            means (Mapping[str, Tensor]): Each attention of :meth:`attention_sizes`, shape (n,).
+
+        Returns:
+            tuple | None: None if something else depends on the image, too.
+        """
+        return None
+
+    def kernel_bank(self) -> Tensor | None:
+        """Kernels that are mixed, shape (K, ...), or None if there are none to compare."""
+        return None
+
+    @property
+    def temperature(self) -> float:
+        """T of the attentions; see also :func:`set_temperature`."""
+        attention: Any = getattr(self, 'attention', None)
+        return attention.temperature.item() if hasattr(attention, 'temperature') else 1.0
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        attention: Any = self.attention
+        attention.set_temperature(value)
 
     def forward(self, x: Tensor) -> Tensor:
         """From (B, C_in, *size) or (C_in, *size) to the output of the plain convolution's shape."""
         if isinstance(x, fx.Proxy):
             # Like torch's own layers, this one is a leaf of a symbolic trace.
             return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
-        if x.dim() == self.ndim + 1:
+        if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
+            return self._forward_unbatched(x)
+        return self.forward_batch(x)
+
+    def _forward_unbatched(self, x: Tensor) -> Tensor:
+        """The output for a single sample; the words for what is neither that nor a batch."""
+        if x.dim() == self.ndim + 1 and x.shape[0] == self.in_channels:
             return self.forward(x[None])[0]
-        if x.dim() != self.ndim + 2:
-            raise ValueError(
-                f'{type(self).__name__} expects an input of {self.ndim + 2} dimensions '
-                f'(or {self.ndim + 1}, without the batch), got shape {tuple(x.shape)}'
-            )
-        if x.shape[1] != self.in_channels:
+        dims = (self.ndim + 1, self.ndim + 2)
+        if x.dim() in dims:
             raise ValueError(
                 f'{type(self).__name__} expects {self.in_channels} input channels, '
-                f'got {x.shape[1]} (shape {tuple(x.shape)})'
+                f'got {x.shape[-1 - self.ndim]} (shape {tuple(x.shape)})'
             )
-        # Refuses a wrong type before a norm sees the batch.
-        return self.forward_batch(cast(x, convolution_dtype(x, self.weight)))
+        raise ValueError(
+            f'{type(self).__name__} expects an input of {dims[1]} dimensions '
+            f'(or {dims[0]}, without the batch), got shape {tuple(x.shape)}'
+        )
 
     def forward_batch(self, x: Tensor) -> Tensor:
-        """The output for a batch, shape (B, C_in, *size), of the convolution's type; B may be 0."""
+        """The output for a batch, shape (B, C_in, *size); B may be 0."""
         raise NotImplementedError
 
     def squeeze(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x``, and its average over each image, shape (B, C_in), float32 or wider."""
-        average = None if self.valid_sizes is None else self.valid_sizes.average(x)
-        return squeeze(x) if average is None else (x, average)
+        """``x`` in the type of the convolution, and its averages over the images, (B, C_in)."""
+        x = cast(x, convolution_dtype(x, self.weight))
+        pooled = None if self.valid_sizes is None else self.valid_sizes.average(x)
+        return squeeze(x, needs_plain_operations(x, self.weight)) if pooled is None else (x, pooled)
 
     def convolve(
         self,
@@ -216,7 +313,15 @@ class DynamicConvNd(nn.Module):
         """:func:`~mmdet_odconv.functional.dynamic_conv` with the geometry and bias of the layer."""
         padding, modulated = self.padding, modulate
         if self.padding_mode != 'zeros':
-            padding, modulated = (0,) * self.ndim, self._padded(modulate)
+            widths = resolve_geometry(
+                self.kernel_size, self.stride, self.padding, self.dilation, self.groups, True
+            )[1]
+
+            def modulated(x: Tensor, *modulators: Tensor) -> Tensor:
+                x = x if modulate is None else modulate(x, *modulators)
+                return F.pad(x, widths, self.padding_mode) if widths else x
+
+            padding = (0,) * self.ndim
         return dynamic_conv(
             x,
             make_kernels,
@@ -229,22 +334,6 @@ class DynamicConvNd(nn.Module):
             modulated,
             modulators,
         )
-
-    def _padded(self, modulate: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-        widths: list[int] = []  # in F.pad's order: last dimension first, before and after
-        for i in reversed(range(self.ndim)):
-            if isinstance(self.padding, str):
-                same = self.padding == 'same'
-                total = self.dilation[i] * (self.kernel_size[i] - 1) if same else 0
-                widths += [total // 2, total - total // 2]
-            else:
-                widths += [self.padding[i]] * 2
-
-        def pad(x: Tensor, *modulators: Tensor) -> Tensor:
-            modulated = x if modulate is None else modulate(x, *modulators)
-            return F.pad(modulated, widths, mode=self.padding_mode)
-
-        return pad
 
     def __setattr__(self, name: str, value: Any) -> None:
         function = getattr(value, 'func', None)
@@ -315,24 +404,17 @@ class DynamicConvNd(nn.Module):
                 if name not in ('weight', 'bias'):
                     state_dict[f'{prefix}{name}'] = value
             key = f'{prefix}weight'
-            kernel = state_dict[key].detach()
+            kernel = state_dict[key].detach().to(at_least_float32(self.weight.dtype))
             state_dict[key] = self.from_static(kernel, key).to(self.weight.dtype)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def reset_to_constant(self) -> None:
-        """Let the children give constants, as at the start of :meth:`from_static`."""
-        child: Any
-        for child in self.children():
-            # Where it can be, without numbers that are drawn, so that processes stay equal.
-            getattr(child, 'reset_to_constant', child.reset_parameters)()
 
     def _is_static(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Whether the entries under ``prefix`` are those of the plain convolution."""
         weight = state_dict.get(f'{prefix}weight')
         if not isinstance(weight, Tensor) or weight.shape != self.kernel_shape:
             return False
-        plain = {f'{prefix}weight', f'{prefix}bias'}
-        return not any(n.startswith(prefix) and n not in plain for n in state_dict)
+        own = tuple(f'{prefix}{name}.' for name, _ in self.named_children())
+        return not any(name.startswith(own) for name in state_dict)
 
 
 _GEOMETRY = ('kernel_size', 'stride', 'padding', 'dilation', 'groups')

@@ -22,6 +22,7 @@ from ..functional.fourier import (
     frequency_groups,
     modulate_bands,
     spectrum_from_kernel,
+    spectrum_scale,
 )
 from .attention import ODAttention
 from .dynamic_conv import DynamicConvNd
@@ -117,7 +118,6 @@ class FDConv2d(DynamicConvNd):
         c_out, reads, k_h, k_w = self.kernel_shape
         self._grid = rows, columns = c_out // groups * k_h, reads * k_w
         self.kernel_num = min(kernel_num, rows * (columns // 2 + 1))
-        self.create_parameters((groups, rows, columns // 2 + 1, 2), device, dtype)
         self.attention = GlobalModulation(
             in_channels,
             out_channels,
@@ -140,8 +140,8 @@ class FDConv2d(DynamicConvNd):
         self.bands = BandModulation(in_channels, bands, **place) if several and bands else None
         index = frequency_groups(*self._grid, self.kernel_num).to(device)
         self.register_buffer('frequency_group', index, persistent=False)
+        self.create_parameters((groups, rows, columns // 2 + 1, 2), device, dtype)
         self.register_parameter('scale', None)  # that of a norm which is folded into the layer
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start from a static kernel (Kaiming normal, fan_out, ReLU), with all factors at 1."""
@@ -157,30 +157,32 @@ class FDConv2d(DynamicConvNd):
             self.frequency_group = index.to(self.weight.device)
 
     def from_static(self, kernel: Tensor, name: str) -> Tensor:
-        return spectrum_from_kernel(kernel.to(at_least_float32(kernel.dtype)), self.groups)
+        return spectrum_from_kernel(cast(kernel, at_least_float32(kernel.dtype)), self.groups)
 
     def fold_norm(self, scale: Tensor, shift: Tensor) -> bool:
-        bias = shift if self.bias is None else shift + self.bias.double() * scale
-        scale = scale if self.scale is None else self.scale.double() * scale
-        self.has_bias = True
-        for name, value in (('scale', scale), ('bias', bias)):
-            frozen = not self.weight.requires_grad
-            setattr(self, name, nn.Parameter(value.to(self.weight.dtype), not frozen))
+        self.fold_into_bias(scale, shift)
+        before = 1 if self.scale is None else self.scale.detach().double()
+        self.scale = self.parameter_like_weight(before * scale)
         return True
 
-    def mixture_madds(self) -> int:
+    def compensation(self, sgd: bool) -> float:
+        entries = math.prod(self._grid)
+        scale = spectrum_scale(self.kernel_shape, self.groups)
+        # F⁻¹ of a coefficient has entries of 2 / n, so a gradient and the step along it n (2 / n)².
+        # A coefficient is √(n / 2) times as large as an entry of the kernel, in both its parts.
+        return entries / (2 * scale**2) if sgd else math.sqrt(entries / 2) / scale
+
+    def uncounted_madds(self) -> int:
         rows, columns = self._grid
-        entries = rows * columns * self.groups
-        fourier = entries * math.log2(max(rows * columns, 2)) * 5 / 4  # of 5/2 n log2 n operations
-        local = entries * self.local.weight.shape[2] if self.local is not None else 0
-        return round(fourier) + local
+        # The real transform of n numbers takes 5/2 n log2 n operations, two of them a multiply-add.
+        return round(5 / 4 * self.groups * rows * columns * math.log2(max(rows * columns, 2)))
 
     def forward_batch(self, x: Tensor) -> Tensor:
         x, pooled = self.squeeze(x)
         attentions = self.attention(pooled)
         optional = attentions._asdict()
         if self.local is not None:
-            optional |= dict(descriptor=self.local(pooled.flatten(1)), local=self.local.weight)
+            optional |= dict(descriptor=self.local(pooled), local=self.local.weight)
         if self.scale is not None:
             f = optional['filter']
             optional['filter'] = self.scale.expand(len(x), -1) if f is None else f * self.scale

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_odconv import convert_to_odconv
-from mmdet_odconv.layers import DYNAMIC_TYPES
+from mmdet_odconv.layers import DynamicConvNd
 
 pytestmark = pytest.mark.filterwarnings('ignore:The BatchNorm in an ODConv')
 
@@ -55,7 +55,7 @@ class Net(BaseModel):
 
 
 def convolutions(model):
-    kinds = (nn.Conv2d, *DYNAMIC_TYPES)
+    kinds = (nn.Conv2d, DynamicConvNd)
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
 
 

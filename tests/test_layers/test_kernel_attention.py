@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdet_odconv import CondConv2d, DyConv2d, ODConv2d, fuse_odconv_bn
+from mmdet_odconv import CondConv2d, DyConv2d, ODConv2d, fuse_odconv_bn, set_temperature
 from mmdet_odconv.backbones import ODMobileNetV2, ODResNet
 
 NAMES = ('channel', 'filter', 'spatial', 'kernel')
@@ -97,11 +97,34 @@ LAYERS = ['CondConv2d', 'DyConv2d']
 
 
 @pytest.mark.parametrize('name', LAYERS)
-def test_arguments_with_a_fixed_value_are_named(name):
+@pytest.mark.parametrize('argument', ['norm_cfg', 'attention_bias', 'attentions'])
+def test_they_have_arguments_of_their_own_alone(name, argument):
     args = dict(type=name, in_channels=4, out_channels=6, kernel_size=3)
-    with pytest.raises(ValueError, match=rf"norm_cfg of a {name} .* None, got {{'type': 'LN'}}"):
-        MODELS.build(dict(args, norm_cfg=dict(type='LN')))
-    assert MODELS.build(dict(args, norm_cfg=None)).attention.kernel_fc is not None
+    with pytest.raises(TypeError, match=argument):
+        MODELS.build({**args, argument: None})
+
+
+def test_condconv_has_no_temperature_to_anneal():
+    model = nn.Sequential(CondConv2d(4, 6, 3), DyConv2d(6, 4, 3))
+    assert set_temperature(model, 30.0) == 1
+    assert [layer.temperature for layer in model] == [1.0, 30.0]
+
+
+def test_a_bias_for_each_expert():
+    layer = randomised(CondConv2d(6, 5, 3, padding=1, expert_bias=True))
+    x = torch.randn(3, 6, 7, 5, dtype=torch.float64)
+    routing = layer.attention(x).kernel
+    biases = routing @ layer.bias
+    without = CondConv2d(6, 5, 3, padding=1, bias=False).double()
+    without.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), without(x) + biases[:, :, None, None])
+    conv = nn.Conv2d(6, 5, 3, padding=1).double()
+    layer.load_state_dict(conv.state_dict())
+    torch.testing.assert_close(layer(x), conv(x))
+    block = nn.Sequential(layer, nn.BatchNorm2d(5).double()).eval()
+    nn.init.normal_(block[1].running_mean)
+    expected = block(x)
+    torch.testing.assert_close(fuse_odconv_bn(block)(x), expected)
 
 
 @pytest.mark.parametrize('name', LAYERS)

@@ -49,7 +49,7 @@ from mmengine.runner import Runner
 
 from mmdet_odconv.analysis import AttentionMeter, static_attentions
 from mmdet_odconv.complexity import count_complexity
-from mmdet_odconv.layers import DYNAMIC_TYPES
+from mmdet_odconv.layers import DynamicConvNd
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / 'tools/study'
@@ -135,7 +135,7 @@ def dynamics(runner: Runner) -> dict[str, Any]:
         has at least 0.02; 'mAP_static', AP with all attentions at their means. Empty for a model
         without dynamic layers.
     """
-    if not any(isinstance(m, DYNAMIC_TYPES) for m in runner.model.modules()):
+    if not any(isinstance(m, DynamicConvNd) for m in runner.model.modules()):
         return {}
     with AttentionMeter(runner.model) as meter:
         evaluate(runner)
