@@ -492,7 +492,7 @@ def test_layers_of_other_dimensions_stay():
 
 
 def test_unknown_layer():
-    with pytest.raises(ConversionError, match="must be a dynamic convolution, .*got 'Conv2d'"):
+    with pytest.raises(ConversionError, match=r"must be a dynamic convolution, .*got 'Conv2d'"):
         convert_to_odconv(Net(nn.Conv2d(4, 4, 3)), layer='Conv2d')
 
 
