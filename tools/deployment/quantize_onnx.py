@@ -20,8 +20,6 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from mmdet_odconv import cli
 
-WEIGHTED = ('Conv', 'MatMul', 'Gemm')
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -29,13 +27,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('onnx', help='file of export_onnx.py')
     parser.add_argument('images', help='image or folder of images, like those of its use')
-    parser.add_argument('--out', required=True, help='ONNX file to write')
+    parser.add_argument('--out', required=True, help='file to write: .onnx, or .xml with nncf')
     parser.add_argument('--limit', type=cli.positive, default=64, help='use at most so many images')
     parser.add_argument(
         '--by',
         choices=['onnxruntime', 'nncf'],
         default='onnxruntime',
-        help='ONNX Runtime quantizes (default), or NNCF of OpenVINO',
+        help='ONNX Runtime quantizes (default), or NNCF, for OpenVINO',
     )
     parser.add_argument(
         '--plain-only',
@@ -73,45 +71,59 @@ def left_out(model: onnx.ModelProto, plain_only: bool) -> list[str]:
     ]
 
 
+def by_onnx_runtime(args: argparse.Namespace, detector: Detector, paths: list[Path]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = f'{folder}/prepared.onnx'
+        quant_pre_process(args.onnx, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            args.out,
+            Images(detector, paths),
+            op_types_to_quantize=['Conv'],
+            nodes_to_exclude=left_out(onnx.load(prepared), args.plain_only),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    written = onnx.load(args.out)
+    del written.metadata_props[:]
+    written.metadata_props.extend(onnx.load(args.onnx).metadata_props)
+    onnx.save(written, args.out)
+
+
+def by_nncf(args: argparse.Namespace, detector: Detector, paths: list[Path]) -> None:
+    """By way of OpenVINO: NNCF refuses an ONNX file whose convolutions have computed weights."""
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(args.onnx)
+    there = {operation.get_friendly_name() for operation in model.get_ops()}
+    names = [n for n in left_out(onnx.load(args.onnx), args.plain_only) if n in there]
+    quantized = nncf.quantize(
+        model,
+        nncf.Dataset(list(inputs_of(detector, paths))),
+        subset_size=len(paths),
+        ignored_scope=nncf.IgnoredScope(names=names, validate=False),
+    )
+    openvino.save_model(quantized, args.out)
+
+
 def main() -> None:
     args = parse_args()
     if args.by == 'nncf':
-        cli.require_packages('nncf')
+        cli.require_packages('nncf', 'openvino')
+        if not args.out.endswith('.xml'):
+            raise SystemExit(f'--by nncf writes a file for OpenVINO: {args.out} must end in .xml')
     cli.require_new_file(args.out, args.force)
     paths = cli.find_images(args.images)[: args.limit]
     try:
         detector = Detector(args.onnx)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = f'{folder}/prepared.onnx'  # with the shapes that both need
-        quant_pre_process(args.onnx, prepared, skip_symbolic_shape=True)
-        names = left_out(onnx.load(prepared), args.plain_only)
-        if args.by == 'nncf':
-            import nncf
-
-            quantized = nncf.quantize(
-                onnx.load(prepared),
-                nncf.Dataset(list(inputs_of(detector, paths))),
-                subset_size=len(paths),
-                ignored_scope=nncf.IgnoredScope(names=names, validate=False),
-            )
-            onnx.save(quantized, args.out)
-        else:
-            quantize_static(
-                prepared,
-                args.out,
-                Images(detector, paths),
-                op_types_to_quantize=['Conv'],
-                nodes_to_exclude=names,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
-    written = onnx.load(args.out)
-    del written.metadata_props[:]
-    written.metadata_props.extend(onnx.load(args.onnx, load_external_data=False).metadata_props)
-    onnx.save(written, args.out)
+    if args.by == 'nncf':
+        by_nncf(args, detector, paths)
+    else:
+        by_onnx_runtime(args, detector, paths)
     print(f'wrote {args.out}, from {len(paths)} images')
 
 
