@@ -1,6 +1,7 @@
 """The tools that put a detector elsewhere: export_onnx.py, test.py --onnx and onnx_demo.py."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -19,10 +21,11 @@ from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 
 from tests.conftest import ROOT
-from tests.forked_tools import Tools
+from tests.forked_tools import run
 from tests.test_deployment.test_detections import CONFIGS, build, small_config
 from tests.test_docs import BLOCK
 from tests.test_tools.test_train_and_test import CONFIG, SMALL, metrics, run_tool
+from tests.tiny_training import InChild
 
 SIZE = 96
 
@@ -31,11 +34,11 @@ class Family:
     """A detector with random weights that finds boxes, and images with these as annotations."""
 
     def __init__(self, root, shapes, family):
-        self.tools = Tools(root, shapes)
-        self.root, self.family = root, family
+        self.root, self.shapes = root, shapes
         self.annotations = root / 'annotations.json'
         self.annotations.write_text((shapes / 'annotations/instances_val.json').read_text())
-        config = Config.fromfile(ROOT / CONFIG)
+        with mock.patch.dict(os.environ, SHAPES_ROOT=str(shapes)):
+            config = Config.fromfile(ROOT / CONFIG)
         config.model = small_config(family)
         if family == 'mask-rcnn':
             config.test_dataloader.dataset.pipeline[2].with_mask = True
@@ -48,8 +51,9 @@ class Family:
         torch.save(dict(meta=dict(), state_dict=build(family).state_dict()), self.checkpoint)
 
     def run(self, tool, *args):
-        status = self.tools.start(tool, *args, options=['load_from=None']).wait()
-        assert status == 0, self.tools.log()[-3000:]
+        options = [option for option in SMALL if not option.startswith('model.')]
+        log, args = self.root / 'log', [*args, '--cfg-options', *options]
+        assert InChild(run, tool, log, args, self.shapes).wait() == 0, log.read_text()[-3000:]
 
     def test(self, name, *args):
         work_dir = self.root / name
