@@ -40,6 +40,8 @@ class Family:
         with mock.patch.dict(os.environ, SHAPES_ROOT=str(shapes)):
             config = Config.fromfile(ROOT / CONFIG)
         config.model = small_config(family)
+        resize = next(t for t in config.test_dataloader.dataset.pipeline if t.type == 'Resize')
+        resize.scale = (SIZE, SIZE)
         if family == 'mask-rcnn':
             config.test_dataloader.dataset.pipeline[2].with_mask = True
             config.test_evaluator.metric = ['bbox', 'segm']

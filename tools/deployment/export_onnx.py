@@ -139,6 +139,12 @@ def main() -> None:
         else:
             export_detector(detector, unproved, shape, args.batch, not args.fixed_shape)
         images = preprocessed(detector, paths) if paths else example_images(args)
+        for image in images if args.fixed_shape else ():
+            if image.shape[2:] != shape:
+                raise ValueError(
+                    f'the images have {image.shape[2]} x {image.shape[3]} pixels; '
+                    f'give this size by --shape, got {shape[0]} x {shape[1]}'
+                )
         result = compare(args, detector, unproved, images)
         os.replace(unproved, args.out)
     except (RuntimeError, ValueError) as error:  # PyTorch's own, say of a shape that is too small
