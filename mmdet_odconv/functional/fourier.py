@@ -115,16 +115,21 @@ def fdconv_kernels(
         mixed = spectrum * by_frequency.view(-1, 1, *spectrum.shape[1:3], 1)
     matrices = _inverse_transform(mixed, reads * k_w)
     kernels = matrices.view(-1, groups, c_out // groups, k_h, reads, k_w).transpose(3, 4)
-    columns = None if channel is None else channel.view(-1, groups, 1, reads, 1, 1)
+    # As rows in one piece, which the products below run through in one go.
+    kernels = kernels.reshape(-1, groups, c_out // groups, reads * k_h * k_w)
+    columns = None if channel is None else channel.view(-1, groups, 1, reads, 1)
     if spatial is not None:
-        spatial = spatial.view(-1, 1, 1, 1, k_h, k_w)
-        columns = spatial if columns is None else columns * spatial
+        spatial = spatial.view(-1, 1, 1, 1, k_h * k_w)
+        columns = spatial.expand(-1, -1, -1, reads, -1) if columns is None else columns * spatial
+    elif columns is not None:
+        columns = columns.expand(-1, -1, -1, -1, k_h * k_w)
     if columns is not None:
-        kernels = kernels * columns
+        kernels = kernels * columns.flatten(3)
     if filter is not None:
-        kernels = kernels * filter.view(-1, groups, c_out // groups, 1, 1, 1)
+        kernels = kernels * filter.view(-1, groups, c_out // groups, 1)
     if descriptor is not None and local is not None:
-        kernels = kernels * torch.sigmoid(_local_logits(descriptor, local, kernels.shape))
+        shape = (groups, c_out // groups, reads, k_h * k_w)
+        kernels = kernels * torch.sigmoid(_local_logits(descriptor, local, shape)).flatten(3)
     return kernels.reshape(-1, *kernel_shape)
 
 
@@ -136,14 +141,13 @@ def _inverse_transform(spectrum: Tensor, columns: int) -> Tensor:
     return torch.fft.irfft(torch.fft.ifft(torch.view_as_complex(spectrum), dim=2), n=columns)
 
 
-def _local_logits(descriptor: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-    """l, of ``shape`` (B, groups, C_out / groups, C_in / groups, k_h, k_w) but for B."""
-    _, groups, c_out, reads, *size = shape
+def _local_logits(descriptor: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """l, of ``shape`` (groups, C_out / groups, C_in / groups, positions) after B."""
+    groups, c_out, reads, positions = shape
     q = weight.shape[2]
     windows = F.pad(descriptor, (q // 2, q // 2)).unfold(1, q, 1)
     windows = windows.reshape(-1, groups, 1, reads, q)
-    by_output = weight.view(groups, c_out, math.prod(size), q).mT
-    return (windows @ by_output).view(-1, groups, c_out, reads, *size)
+    return windows @ weight.view(groups, c_out, positions, q).mT
 
 
 def modulate_bands(x: Tensor, attention: Tensor, factors: Sequence[int] = (2, 4, 8)) -> Tensor:
