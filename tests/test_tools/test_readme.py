@@ -58,6 +58,10 @@ def test_the_chinese_readme_has_the_same_commands_and_links():
     assert links[0] == links[1]
     for link in links[0]:
         assert (ROOT / link).exists(), link
+    for page, anchor in set(re.findall(r'\]\((docs/[^)#]+)#([^)]+)', pages[0] + pages[1])):
+        headings = re.findall(r'^#+ (.+)', (ROOT / page).read_text(), re.MULTILINE)
+        slugs = {re.sub(r'[^\w\- ]', '', heading).lower().replace(' ', '-') for heading in headings}
+        assert anchor in slugs, f'{page}#{anchor}'
 
 
 def prose(page):
