@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.predictions import predict
 
 # Without the plain twins of some of them.
-DETECTORS = sorted((ROOT / 'configs/odconv').glob('*_od_*.py'))
+DETECTORS = sorted((ROOT / 'configs/odconv').glob('*_[of]d_*.py'))
 # What differs from another config in its depth or number of kernels alone is left to `make slow`.
 VARIANTS = ('_k1', '_k2', '_scratch', 'mask-rcnn_od_r18', 'mask-rcnn_od_mobilenetv2')
 
@@ -111,7 +111,7 @@ def rates(model, optim_wrapper):
     }
 
 
-SMALL = ('coco128', 'bccd', 'shapes', 'own')
+SMALL = ('coco128', 'bccd', 'deeppcb', 'hituav', 'shapes', 'own')
 COCO = [p for p in DETECTORS if not p.stem.endswith(SMALL)]
 
 
@@ -204,7 +204,7 @@ def test_few_checkpoints_are_kept_and_the_best_among_them(path):
 def test_the_file_names_follow_the_rule_of_the_readme():
     rule = re.compile(
         # detector_layer_backbone_kK_data
-        r'[a-z-]+_[of]d_(r\d+|mobilenetv2|cspdarknet-tiny|cspnext-tiny)(_k\d+)?(_[a-z0-9]+)?\.py'
+        r'[a-z-]+_[of]d_(r\d+|mobilenetv2|cspdarknet-tiny|cspnext-tiny|efficientnet-lite0)(_k\d+)?(_[a-z0-9]+)?\.py'
     )
     assert all(rule.fullmatch(p.name) for p in DETECTORS)
 
@@ -223,7 +223,9 @@ def test_the_metafile_lists_every_coco_config():
     assert all(ROOT.joinpath(model['Config']).stem == model['Name'] for model in models)
 
 
-@pytest.mark.parametrize('variable', ['COCO128_ROOT', 'BCCD_ROOT', 'SHAPES_ROOT', 'OWN_ROOT'])
+@pytest.mark.parametrize('variable', 
+    ['COCO128_ROOT', 'BCCD_ROOT', 'DEEPPCB_ROOT', 'HITUAV_ROOT', 'SHAPES_ROOT', 'OWN_ROOT'],
+)
 def test_data_roots_come_from_the_environment(monkeypatch, variable):
     name = variable.removesuffix('_ROOT').lower()
     path = next(p for p in DETECTORS if p.stem.endswith(name))
