@@ -223,7 +223,8 @@ def test_the_metafile_lists_every_coco_config():
     assert all(ROOT.joinpath(model['Config']).stem == model['Name'] for model in models)
 
 
-@pytest.mark.parametrize('variable', 
+@pytest.mark.parametrize(
+    'variable',
     ['COCO128_ROOT', 'BCCD_ROOT', 'DEEPPCB_ROOT', 'HITUAV_ROOT', 'SHAPES_ROOT', 'OWN_ROOT'],
 )
 def test_data_roots_come_from_the_environment(monkeypatch, variable):
