@@ -142,6 +142,20 @@ def test_arms_are_compared_at_their_best_rates(tool):
     ]
 
 
+def test_how_dynamic_the_arms_are(tool):
+    dynamics = tool('table').dynamics
+    assert dynamics({'plain': [log('plain', 0, 0.4, 0.5)]}) == ''
+    std = dict(channel=0.01, filter=0.02, spatial=0.03, kernel=0.04)
+    awake = [
+        log('od_k4', seed, 0.42, 0.5)
+        | dict(attention_std=std, dynamic_layers=share, mAP_static=static)
+        for seed, share, static in ((0, 0.5, 0.40), (1, 1.0, 0.38))
+    ]
+    rows = [r.split(' | ') for r in dynamics({'od_k4': awake}).splitlines()[2:]]
+    stds = ['0.0100', '0.0200', '0.0300', '0.0400']
+    assert rows == [['| od_k4', *stds, '75%', '42.0 ± 0.0', '39.0 ± 1.4 |']]
+
+
 def test_there_is_no_table_without_two_arms_to_compare(tool):
     assert not tool('table').differences({'plain_rate4': [log('plain_rate4', 0, 0.5, 0.5)]})
 

@@ -56,6 +56,7 @@ STUDY = ROOT / 'tools/study'
 TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'hituav_lite0': (STUDY / 'hituav_lite0.py', LITE0_ARMS),
     'deeppcb_lite0': (STUDY / 'deeppcb_lite0.py', LITE0_ARMS),
+    'hituav_wake': (STUDY / 'hituav_wake.py', LITE0_ARMS),
     'shapes': (STUDY / 'shapes.py', ARMS),
     'light': (STUDY / 'shapes.py', LIGHT_ARMS),
     'narrow': (STUDY / 'shapes.py', NARROW_ARMS),
@@ -73,7 +74,7 @@ TASKS: dict[str, tuple[Path, dict[str, Options]]] = {
     'narrow_pretrained': (STUDY / 'pretrained.py', NARROW_PRETRAINED_ARMS),
 }
 # Those with ImageNet weights and real images, whose logs also say how dynamic the layers are.
-REAL_TASKS = ('hituav_lite0', 'deeppcb_lite0')
+REAL_TASKS = ('hituav_lite0', 'deeppcb_lite0', 'hituav_wake')
 LOGS = ROOT / 'docs/study/logs'
 METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 

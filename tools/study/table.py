@@ -133,6 +133,32 @@ def table(arms: dict[str, list[Log]]) -> str:
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
+def dynamics(arms: dict[str, list[Log]]) -> str:
+    """A Markdown table of how dynamic the arms are, '' where no log says so.
+
+    The standard deviation of each attention over the validation images is the median over the
+    layers. A layer is dynamic if that of one of its attentions is 0.02 or more. The last column has
+    the AP that is left when every image gets the mean attentions.
+    """
+    names = ('channel', 'filter', 'spatial', 'kernel')
+    head = ['arm', *names, 'dynamic layers', 'AP', 'AP, attentions at their means']
+    rows = [head, ['---'] * len(head)]
+    for arm, logs in arms.items():
+        logs = [log for log in logs if 'attention_std' in log]
+        if logs:
+            stds = [[log['attention_std'].get(name, 0.0) for log in logs] for name in names]
+            rows.append(
+                [
+                    arm,
+                    *(f'{statistics.mean(values):.4f}' for values in stds),
+                    f'{statistics.mean(log["dynamic_layers"] for log in logs):.0%}',
+                    spread(final(logs, 'mAP')),
+                    spread([100 * log['mAP_static'] for log in logs]),
+                ]
+            )
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows) if len(rows) > 2 else ''
+
+
 def differences(arms: dict[str, list[Log]]) -> str:
     """A Markdown table of what separates arms run by run, the two runs of a seed side by side.
 
@@ -397,7 +423,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def with_tables(page: str, tasks: dict[str, dict[str, list[Log]]]) -> str:
     """The page with the tables of all tasks and questions for which it has a place."""
     for name, arms in tasks.items():
-        tables = '\n'.join(filter(None, (table(arms), differences(arms), best_rates(arms))))
+        parts = (table(arms), dynamics(arms), differences(arms), best_rates(arms))
+        tables = '\n'.join(filter(None, parts))
         page = _put(tables, START.format(name), page)
     for name, rows in QUESTIONS.items():
         if done := finished(rows, tasks):
