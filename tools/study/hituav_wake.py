@@ -1,4 +1,4 @@
-"""Do attentions wake up? 200 iterations of HIT-UAV in which only the last stage and the head learn."""
+"""Do attentions wake up? 200 iterations of HIT-UAV; only the last stage and the head learn."""
 
 _base_ = './hituav_lite0.py'
 
