@@ -28,7 +28,7 @@ def of_constant_attentions(layer):
     with torch.no_grad():
         for name, parameter in layer.attention.named_parameters():
             if name.endswith('_fc.weight'):
-                parameter.mul_(1e-4)
+                parameter.mul_(1e-6)
             elif name.endswith('_fc.bias'):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return layer
