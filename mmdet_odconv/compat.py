@@ -35,6 +35,13 @@ ONNX_EXPORT = hasattr(getattr(getattr(torch, 'export', None), 'Dim', None), 'DYN
 # Its name before torch 2.2.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
 
+# Whether a tensor is one of autograd's older vmap; old versions have no function that says so.
+is_legacy_batched: Callable[[Any], bool] = getattr(
+    torch._C._functorch,
+    'is_legacy_batchedtensor',
+    lambda tensor: 'Batched' in str(torch._C._dispatch_keys(tensor)),
+)
+
 # From torch 2.6 on its safe mode can be told of classes, and of functions under other names.
 _SAFE_MODE_TAKES_NAMES = hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint')
 _torch_load = torch.load

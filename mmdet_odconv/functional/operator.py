@@ -18,6 +18,7 @@ from ..compat import (
     autocast_dtype,
     autocast_is_on,
     is_compiling,
+    is_legacy_batched,
     not_compiled,
     without_autocast,
 )
@@ -219,8 +220,7 @@ def needs_plain_operations(x: Tensor, *others: Tensor) -> bool:
 
 def is_batched(grad: Tensor) -> bool:
     """Whether ``grad`` is one of a vmap's, either of today's or of autograd's older one."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return torch._C._functorch.is_batchedtensor(grad) or is_legacy_batched(grad)
 
 
 def _require_gradients(
