@@ -1,5 +1,6 @@
 """The recipe of docs/detectors.md for Ultralytics' YOLO: a whole training, cut and resumed."""
 
+import copy
 import re
 
 import pytest
@@ -68,22 +69,22 @@ def largest_difference(model, other):
 
 def test_a_training_is_resumed_with_all_its_weights(recipe, data, tmp_path):
     yolo = recipe['YOLO']('yolo11n.yaml')
+    saved = []
 
     def cut(trainer):
         if trainer.epoch == 1:
+            saved.append(copy.deepcopy(trainer.ema.ema))
             raise CutError
 
     yolo.add_callback('on_train_epoch_start', cut)
     with pytest.raises(CutError):
         yolo.train(trainer=recipe['ODConvTrainer'], epochs=3, **data)
     last = tmp_path / 'run/weights/last.pt'
-    saved = torch.load(last, weights_only=False)
-    assert saved['epoch'] == 0
 
     found = []
     yolo = recipe['YOLO'](last)
     yolo.add_callback(
-        'on_train_start', lambda t: found.append(largest_difference(t.model, saved['ema']))
+        'on_train_start', lambda t: found.append(largest_difference(t.model, saved[0]))
     )
     yolo.train(trainer=recipe['ODConvTrainer'], resume=True)
     assert found[0] < 2e-3
