@@ -21,6 +21,10 @@ SATURATED = 0.01
 """An attention nearer than this to 0 or 1 counts as saturated: its gradient is almost 0."""
 
 
+DYNAMIC = 0.003
+"""The least standard deviation over the images of an attention that depends on the image."""
+
+
 @dataclass(frozen=True)
 class AttentionStatistics:
     """The statistics of one layer; those of each attention are under the attention's name.

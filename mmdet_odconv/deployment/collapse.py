@@ -9,7 +9,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from ..analysis import AttentionMeter, evaluation_mode, odconv_layers, unwrapped
+from ..analysis import DYNAMIC, AttentionMeter, evaluation_mode, odconv_layers, unwrapped
 from ..functional.arguments import check_number
 
 
@@ -49,7 +49,7 @@ class CollapseReport:
 def collapse_static_layers(
     model: nn.Module,
     images: Iterable[Any],
-    threshold: float = 0.003,
+    threshold: float = DYNAMIC,
     forward: Callable[[Any], Any] | None = None,
 ) -> CollapseReport:
     """Replace each dynamic layer whose attentions hardly depend on the image by a plain one.
@@ -86,15 +86,13 @@ def collapse_static_layers(
         if not report.std:
             raise ValueError('no dynamic layer was used: no images were given')
         means = meter.means()
-        report.collapsed = [
-            name
-            for name, std in report.std.items()
-            if std <= threshold and meter.layers[name].at_attentions(means[name]) is not None
-        ]
-        plain = {
-            meter.layers[name]: _at_means(meter.layers[name], means[name]).train(modes[name])
-            for name in report.collapsed
-        }
+        plain: dict[nn.Module, nn.Module] = {}
+        for name, std in report.std.items():
+            layer = meter.layers[name]
+            conv = _at_means(layer, means[name]) if std <= threshold else None
+            if conv is not None:
+                plain[layer] = conv.train(modes[name])
+                report.collapsed.append(name)
         for parent in list(unwrapped(model).modules()):
             for name, child in parent._modules.items():
                 if child in plain:
@@ -109,10 +107,13 @@ def collapse_static_layers(
     return report
 
 
-def _at_means(layer: Any, means: dict[str, Tensor]) -> nn.Module:
-    """The plain convolution that ``layer`` is with these attentions."""
+def _at_means(layer: Any, means: dict[str, Tensor]) -> nn.Module | None:
+    """The plain convolution that ``layer`` is with these attentions, None if it is none."""
+    found = layer.at_attentions(means)
+    if found is None:
+        return None
+    weight, bias = found
     conv: Any = layer.plain_convolution()
-    weight, bias = layer.at_attentions(means)
     conv.weight.copy_(weight)
     if bias is not None:
         conv.bias.copy_(bias)

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..analysis import AttentionMeter, AttentionStatistics, odconv_layers, unwrapped
+from ..analysis import DYNAMIC, AttentionMeter, AttentionStatistics, odconv_layers, unwrapped
 from ..functional.arguments import ArgumentError, check_integer, check_number
 
 
@@ -52,7 +52,7 @@ class ODConvAttentionHook(Hook):
         images: int = 8,
         per_layer: bool = False,
         warn_after: int = 1000,
-        min_std: float = 0.003,
+        min_std: float = DYNAMIC,
         max_saturated: float = 0.9,
     ) -> None:
         check_integer('interval', interval, least=1)

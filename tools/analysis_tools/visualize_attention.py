@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from mmdet_odconv import cli
 from mmdet_odconv.analysis import (
+    DYNAMIC,
     AttentionMeter,
     AttentionStatistics,
     share_by_class,
 )
 
-DYNAMIC = 0.003  # the least standard deviation of an attention that depends on the image
 NOTHING = 'nothing found'
 PICTURE = 360  # longest side of a picture on the page, in pixels
 ATTENTIONS = {
