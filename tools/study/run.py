@@ -113,8 +113,15 @@ def train(config: Config, work_dir: Path) -> Runner:
         config.resume, config.load_from = True, str(checkpoint)
     torch.set_num_threads(1)
     runner = Runner.from_cfg(config)
+    runner.model.to(memory_format=memory_format(config))
     runner.train()
     return runner
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    """With depthwise convolutions, as in EfficientNet-Lite, a CPU is faster with channels last."""
+    depthwise = config.model.backbone.type == 'EfficientNetLite'
+    return torch.channels_last if depthwise else torch.contiguous_format
 
 
 @torch.no_grad()
@@ -221,7 +228,9 @@ def step_time(config: Config, other: Config, steps: int = 20) -> float:
     The steps of the two alternate, so that whatever else runs on the machine slows both alike.
     """
     configs = (config, other)
-    models = [MODELS.build(each.model).train() for each in configs]
+    models = [
+        MODELS.build(each.model).to(memory_format=memory_format(each)).train() for each in configs
+    ]
     wrappers = [
         build_optim_wrapper(model, each.optim_wrapper)
         for model, each in zip(models, configs, strict=True)
