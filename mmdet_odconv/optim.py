@@ -15,7 +15,7 @@ from terminaltables import AsciiTable
 from torch import nn
 from torch.optim import Optimizer
 
-from .functional.arguments import ArgumentError, check_number
+from ._checks import ArgumentError, check_number
 from .layers import DynamicConvNd
 
 _OWN = ('attention_lr_mult', 'attention_decay_mult', 'bank_lr_mult')

@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..functional.arguments import ArgumentError
+from .._checks import ArgumentError
 from ..layers import DynamicConvNd
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..compat import files_read_as_tools_do
 from ..conversion.errors import ConversionError
-from ..functional.arguments import ArgumentError
+from .._checks import ArgumentError
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..functional.arguments import ArgumentError
+from .._checks import ArgumentError
 from ..layers import use_valid_pooling
 from .convert import convert_to_odconv
 from .errors import ConversionError

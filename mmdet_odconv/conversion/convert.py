@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..deployment import keep_fuse_methods_right
-from ..functional.arguments import ArgumentError, check_integer
+from .._checks import ArgumentError, check_integer
 from ..layers import CalibratedNorm, DynamicConvNd, ODConv1d, ODConv2d, ODConv3d
 from .errors import ConversionError
 from .initialisation import keep_initialisation

@@ -10,7 +10,7 @@ from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
 from ..analysis import DYNAMIC, AttentionMeter, evaluation_mode, odconv_layers, unwrapped
-from ..functional.arguments import check_number
+from .._checks import check_number
 
 
 @dataclass

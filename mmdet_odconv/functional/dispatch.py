@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import ArgumentError
+from .._checks import ArgumentError
 from .cpu_grouped_conv import CpuGroupedConv
 from .cpu_im2col import CpuIm2col
 from .cpu_im2col_single_kernel import CpuIm2colSingleKernel

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import ArgumentError, check_sizes
+from .._checks import ArgumentError, check_sizes
 from .attention import Attentions, cast
 
 # By the number of spatial dimensions.

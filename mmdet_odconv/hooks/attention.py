@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..analysis import DYNAMIC, AttentionMeter, AttentionStatistics, odconv_layers, unwrapped
-from ..functional.arguments import ArgumentError, check_integer, check_number
+from .._checks import ArgumentError, check_integer, check_number
 
 
 @HOOKS.register_module()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..analysis import unwrapped
 from ..compat import batches_passed_over, pass_over
-from ..functional.arguments import ArgumentError, check_integer
+from .._checks import ArgumentError, check_integer
 
 _BACKEND = 'durable_local'
 # The key of a checkpoint under which it has what MMEngine itself does not save.

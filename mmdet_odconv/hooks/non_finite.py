@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..analysis import unwrapped
 from ..checkpoint import not_finite
-from ..functional.arguments import ArgumentError, check_integer
+from .._checks import ArgumentError, check_integer
 
 
 class NonFiniteError(RuntimeError):

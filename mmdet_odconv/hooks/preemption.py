@@ -16,7 +16,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..functional.arguments import ArgumentError, check_integer
+from .._checks import ArgumentError, check_integer
 from .checkpoint import SafeCheckpointHook
 
 

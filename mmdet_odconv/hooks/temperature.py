@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..functional import annealed_temperature
-from ..functional.arguments import ArgumentError, check_integer, check_number
+from .._checks import ArgumentError, check_integer, check_number
 from ..layers import set_temperature
 
 # They start over in the middle of a batch, so that no data loader ever comes to its end.

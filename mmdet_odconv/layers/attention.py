@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..compat import autocast_is_on, is_compiling
 from ..functional import Attentions, activate
-from ..functional.arguments import ArgumentError, check_integer, check_number, check_positive
+from .._checks import ArgumentError, check_integer, check_number, check_positive
 from ..functional.attention import cast
 from ..functional.squeeze import average
 from .calibrated_norm import CalibratedNorm

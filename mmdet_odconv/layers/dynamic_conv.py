@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..functional import Attentions, at_least_float32, dynamic_conv, squeeze
-from ..functional.arguments import ArgumentError, check_integer, check_sizes
+from .._checks import ArgumentError, check_integer, check_sizes
 from ..functional.attention import cast
 from ..functional.implementation import resolve_geometry
 from ..functional.operator import convolution_dtype, needs_plain_operations

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..compat import without_autocast
 from ..functional import Attentions, at_least_float32
-from ..functional.arguments import ArgumentError, check_integer
+from .._checks import ArgumentError, check_integer
 from ..functional.attention import cast
 from ..functional.fourier import (
     fdconv_kernels,

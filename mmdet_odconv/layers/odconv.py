@@ -21,7 +21,7 @@ from ..functional import (
     mix_kernel_bank,
     squeeze,
 )
-from ..functional.arguments import ArgumentError, check_number
+from .._checks import ArgumentError, check_number
 from ..functional.attention import cast
 from ..functional.implementation import resolve_geometry
 from ..functional.operator import convolution_dtype, needs_plain_operations, odconv_unchecked
