@@ -12,21 +12,12 @@ from .compat import check_versions, register_config_scope
 check_versions()
 
 from .backbones import EfficientNetLite, ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt  # noqa: E402
-from .checkpoint import (  # noqa: E402
-    export_official_checkpoint,
-    load_official_checkpoint,
-    register_safe_globals,
+from .conversion import (  # noqa: E402
+    convert_to_odconv,
+    export_published_checkpoint,
+    load_published_checkpoint,
 )
-from .conversion import convert_to_odconv  # noqa: E402
 from .deployment import collapse_static_layers, fuse_odconv_bn, prepare_for_inference  # noqa: E402
-from .hooks import (  # noqa: E402
-    NonFiniteHook,
-    ODConvAttentionHook,
-    ODConvCalibrationHook,
-    ODConvTemperatureHook,
-    PreemptionHook,
-    SafeCheckpointHook,
-)
 from .layers import (  # noqa: E402
     CalibratedNorm,
     CondConv2d,
@@ -40,7 +31,18 @@ from .layers import (  # noqa: E402
     set_temperature,
     use_valid_pooling,
 )
-from .optim import ODConvOptimWrapperConstructor  # noqa: E402
+from .safe_running import (  # noqa: E402
+    NonFiniteHook,
+    PreemptionHook,
+    SafeCheckpointHook,
+    register_safe_globals,
+)
+from .training import (  # noqa: E402
+    ODConvAttentionHook,
+    ODConvCalibrationHook,
+    ODConvOptimWrapperConstructor,
+    ODConvTemperatureHook,
+)
 from .version import __version__  # noqa: E402
 
 register_safe_globals()
@@ -71,9 +73,9 @@ __all__ = [
     'calibrate',
     'collapse_static_layers',
     'convert_to_odconv',
-    'export_official_checkpoint',
+    'export_published_checkpoint',
     'fuse_odconv_bn',
-    'load_official_checkpoint',
+    'load_published_checkpoint',
     'prepare_for_inference',
     'set_temperature',
     'use_valid_pooling',

@@ -7,7 +7,13 @@ from typing import Any
 
 
 class ArgumentError(ValueError):
-    """An argument of a layer or hook is of the wrong kind or out of range; the message names it."""
+    """An argument of a layer or hook is of the wrong kind or out of range; the message names it.
+
+    Attributes:
+        key (str, optional): The key under which a config has what is refused, if it is always one.
+    """
+
+    key: str | None = None
 
 
 def check_integer(name: str, value: Any, least: int) -> int:

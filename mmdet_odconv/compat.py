@@ -136,7 +136,7 @@ def register_config_scope() -> None:
     MODULE2PACKAGE.setdefault('mmdet_odconv', 'mmdet_odconv.version')
 
 
-def pass_over(batches: Any, number: int) -> None:
+def skip_batches(batches: Any, number: int) -> None:
     """Let a loop by iterations of the onedl line go on after so many batches, without reading them.
 
     Its MMEngine asks the iterator of the batches for that, where the other takes them one by one.
@@ -146,8 +146,8 @@ def pass_over(batches: Any, number: int) -> None:
     batches._ensure_iterator()
 
 
-def batches_passed_over(loop: Any) -> int:
-    """How many batches a resumed loop by iterations passes over; none, if told so (onedl line)."""
+def batches_to_skip(loop: Any) -> int:
+    """How many batches a resumed loop by iterations skips; none, if told so (onedl line)."""
     return 0 if getattr(loop, 'fast_forward_on_resume', False) else loop.iter
 
 

@@ -22,10 +22,9 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mmdet_odconv.checkpoint import Checkpoint
 from mmdet_odconv.cli import require_same_start
-from mmdet_odconv.hooks import NonFiniteError, NonFiniteHook
 from mmdet_odconv.layers.odconv import _ODConvNd
+from mmdet_odconv.safe_running import Checkpoint, NonFiniteError, NonFiniteHook
 from tests.conftest import ROOT, tell_the_first_iteration
 from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
 

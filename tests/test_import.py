@@ -76,7 +76,7 @@ def test_importing_and_reading_rebinds_nothing_of_other_packages():
         'before = state()\n'
         'import mmdet_odconv.cli\n'
         'from mmengine.config import Config\n'
-        'with mmdet_odconv.cli.mistakes_in_one_sentence(Config()):\n'
+        'with mmdet_odconv.cli.config_errors_as_exit(Config()):\n'
         '    assert coco.open.keywords == dict(encoding="utf-8")\n'
         'for old, new in zip(before, state()):\n'
         '    changed = [name for name in old if old[name] is not new.get(name)]\n'

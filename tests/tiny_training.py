@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmdet_odconv import ODConv2d
-from mmdet_odconv.checkpoint import latest_checkpoint
+from mmdet_odconv.safe_running import latest_checkpoint
 
 IMAGES, BATCH = 10, 2
 BATCHES = IMAGES // BATCH

@@ -74,7 +74,7 @@ def main() -> None:
         if image is None:
             raise SystemExit(f'cannot be read as an image: {path}')
         image = mmcv.bgr2rgb(image)
-        with cli.mistakes_in_one_sentence(config):
+        with cli.config_errors_as_exit(config):
             sample = inference_detector(model, str(path))
         # matplotlib 3.11 would enlarge the picture to hold boxes that reach beyond the image.
         boxes = sample.pred_instances.bboxes

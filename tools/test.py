@@ -17,8 +17,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_odconv import cli, prepare_for_inference
-from mmdet_odconv.dataset_checks import require_datasets
 from mmdet_odconv.deployment import use_onnx_network
+from mmdet_odconv.safe_running import require_datasets
 
 
 def parse_args() -> argparse.Namespace:
@@ -138,7 +138,7 @@ def main() -> None:
     if args.fuse_conv_bn or args.collapse_static or args.onnx:
         drop_ema(config)
     runner = cli.build_runner(config)
-    with cli.mistakes_in_one_sentence(config):
+    with cli.config_errors_as_exit(config):
         require_fit(runner, args.checkpoint)
     if args.fuse_conv_bn or args.collapse_static:
         runner.load_or_resume()  # what is folded is the checkpoint's
@@ -154,7 +154,7 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with cli.mistakes_in_one_sentence(config):
+    with cli.config_errors_as_exit(config):
         runner.test()
 
 

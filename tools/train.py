@@ -11,11 +11,17 @@ from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmdet_odconv import cli
-from mmdet_odconv.analysis import unwrapped
-from mmdet_odconv.checkpoint import Checkpoint, CheckpointFileError, latest_checkpoint
-from mmdet_odconv.dataset_checks import require_datasets
-from mmdet_odconv.hooks import CheckpointError, NonFiniteError, ODConvAttentionHook
 from mmdet_odconv.layers import ODAttention
+from mmdet_odconv.safe_running import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFileError,
+    NonFiniteError,
+    latest_checkpoint,
+    require_datasets,
+    unwrapped,
+)
+from mmdet_odconv.training import ODConvAttentionHook
 
 
 def parse_args() -> argparse.Namespace:
@@ -207,7 +213,7 @@ def main() -> None:
 
     try:
         runner = checked_runner(config, start)
-        with cli.mistakes_in_one_sentence(config):
+        with cli.config_errors_as_exit(config):
             runner.train()
     except (CheckpointFileError, CheckpointError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error

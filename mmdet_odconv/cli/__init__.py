@@ -3,17 +3,16 @@
 A user's mistake (a path, a name, a value) ends a tool with one sentence and exit status 1.
 """
 
+from ..safe_running import config_errors_as_exit
 from .arguments import add_collapse, add_config_options, add_force, add_runner_arguments, positive
 from .configs import build_runner, load_config, runner_config, shorten_report
 from .files import (
     find_images,
-    not_found,
     require_file,
     require_new_file,
     require_packages,
     require_writable,
 )
-from .mistakes import mistakes_in_one_sentence
 from .weights import (
     collapse_static,
     load_detector,
@@ -31,11 +30,10 @@ __all__ = [
     'add_runner_arguments',
     'build_runner',
     'collapse_static',
+    'config_errors_as_exit',
     'find_images',
     'load_config',
     'load_detector',
-    'mistakes_in_one_sentence',
-    'not_found',
     'positive',
     'require_checkpoint',
     'require_file',

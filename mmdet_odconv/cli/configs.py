@@ -19,8 +19,8 @@ from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
 from ..conversion.builder import build_odconv_model
+from ..safe_running.config_errors import config_errors_as_exit, entries
 from .files import require_file, require_writable
-from .mistakes import entries, mistakes_in_one_sentence
 
 # What starts the processes of each launcher, and a variable that it sets.
 _STARTED_BY = dict(
@@ -146,7 +146,7 @@ def build_runner(config: Config) -> Runner:
 
     Raises:
         SystemExit: The work folder cannot be written, the config has a mistake
-            (:func:`mistakes_in_one_sentence`), the launcher did not start this process, or there
+            (:func:`config_errors_as_exit`), the launcher did not start this process, or there
             are several processes on this machine without a GPU, and the config does not say that
             they use CPUs.
     """
@@ -157,7 +157,7 @@ def build_runner(config: Config) -> Runner:
             f'--launcher {config.launcher} is for processes that were started by {starter}, but '
             f'the environment has no {variable}'
         )
-    with mistakes_in_one_sentence(config), _processes_on_cpus(config):
+    with config_errors_as_exit(config), _processes_on_cpus(config):
         return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 

@@ -1,12 +1,13 @@
 """Files, folders and packages that a tool needs, and what it says where they are missing."""
 
-import difflib
 import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
+
+from ..safe_running.dataset_checks import not_found
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
@@ -44,25 +45,6 @@ def _inside(folder: str) -> str:
         return f'; is it {os.fsdecode(last.read_bytes()).strip()}?'
     files = sorted(path for path in Path(folder).glob('*.pth') if path.is_file())
     return f'; is it {files[-1]}?' if files else ''
-
-
-def not_found(path: str, what: str) -> str:
-    """A sentence that says where a file or folder was looked for, and has near names.
-
-    Args:
-        path (str): The path.
-        what (str): What there should be.
-    """
-    message = f'{what} not found: {path}'
-    if not Path(path).is_absolute():
-        message += f' (looked for {Path(path).absolute()})'
-    folder = Path(path).parent
-    if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir())
-        near = difflib.get_close_matches(Path(path).name, names, n=3)
-        if near:
-            message += f'; is it {" or ".join(str(folder / name) for name in near)}?'
-    return message
 
 
 def require_writable(folder: str, what: str, option: str) -> None:

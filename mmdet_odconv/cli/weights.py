@@ -16,16 +16,23 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .. import dataset_checks  # which itself needs a part of this package
-from ..analysis import odconv_layers, unwrapped
+from ..analysis import odconv_layers
 from ..backbones import EfficientNetLite
-from ..checkpoint import Checkpoint, CheckpointFileError, not_finite, read_checkpoint
-from ..checkpoint.reading import web_address
 from ..deployment import collapse_static_layers
 from ..layers import DynamicConvNd
+from ..safe_running import (
+    Checkpoint,
+    CheckpointFileError,
+    config_errors_as_exit,
+    not_finite,
+    read_checkpoint,
+    require_datasets,
+    unwrapped,
+)
+from ..safe_running.dataset_checks import not_found
+from ..safe_running.reading import web_address
 from .configs import shorten_report
-from .files import not_found, require_file
-from .mistakes import mistakes_in_one_sentence
+from .files import require_file
 
 
 def load_detector(
@@ -46,7 +53,7 @@ def load_detector(
     _require_device(device)
     content = require_checkpoint(checkpoint)
     shorten_report(config)
-    with mistakes_in_one_sentence(config):
+    with config_errors_as_exit(config):
         # With options, if empty, mmdet does not look for a backbone in an ODConvModel's config.
         model = init_detector(config, checkpoint, device=device, cfg_options={})
     if odconv:
@@ -202,8 +209,8 @@ def collapse_static(model: nn.Module, config: Config, number: int) -> None:
         SystemExit: The test set is not there, or the detector has no dynamic layer.
     """
     require_odconv_layers(model, config.filename)
-    dataset_checks.require_datasets(config, ('test_dataloader',))
-    with mistakes_in_one_sentence(config):
+    require_datasets(config, ('test_dataloader',))
+    with config_errors_as_exit(config):
         loader = Runner.build_dataloader(config.test_dataloader)
         batches = islice(loader, math.ceil(number / (loader.batch_size or 1)))
         report = collapse_static_layers(model, batches, forward=partial(_raw_outputs, model))

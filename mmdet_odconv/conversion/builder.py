@@ -12,7 +12,7 @@ from torch import nn
 from .._checks import ArgumentError
 from ..layers import use_valid_pooling
 from .convert import convert_to_odconv
-from .errors import ConversionError
+from .rules import ConversionError
 
 
 @MODELS.register_module(name='ODConvModel')

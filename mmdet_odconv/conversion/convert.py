@@ -2,24 +2,34 @@
 
 import difflib
 import inspect
+import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmengine.registry import MODELS
+from terminaltables import AsciiTable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..deployment import keep_fuse_methods_right
 from .._checks import ArgumentError, check_integer
 from ..layers import CalibratedNorm, DynamicConvNd, ODConv1d, ODConv2d, ODConv3d
-from .errors import ConversionError
-from .initialisation import keep_initialisation
-from .report import ConversionReport
-from .rules import REPLACEABLE, blocking_reason, default_exclusion, serves_several_levels
-from .selection import Patterns, Selection
-from .site import Site, find_convolutions, held_outside_the_tree
+from .methods import patch_fuse_methods, patch_init_weights
+from .rules import (
+    REPLACEABLE,
+    ConversionError,
+    Patterns,
+    Selection,
+    Site,
+    blocking_reason,
+    default_exclusion,
+    find_convolutions,
+    held_outside_the_tree,
+    serves_several_levels,
+)
 
 # What PyTorch keeps of a module's hooks; those on its state dict belong to the static weight.
 _HOOKS = (
@@ -32,6 +42,56 @@ _HOOKS = (
     '_backward_pre_hooks',
     '_is_full_backward_hook',
 )
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert_to_odconv` did to a model.
+
+    ``str(report)`` is a table of groups of convolutions, and :meth:`details` is a table with all
+    names.
+
+    Attributes:
+        converted (list[str]): The names of the convolutions that are ODConv now. A convolution that
+            is used at several places is listed once, under its first name.
+        kept (list[tuple[str, str]]): The names of the other convolutions, each with the reason.
+        parameters_before (int): Parameters of the whole model before.
+        parameters_after (int): Parameters of the whole model after.
+    """
+
+    converted: list[str]
+    kept: list[tuple[str, str]]
+    parameters_before: int
+    parameters_after: int
+
+    def reasons(self) -> dict[str, int]:
+        """How many convolutions were kept for each reason, the most frequent first."""
+        return dict(Counter(reason for _, reason in self.kept).most_common())
+
+    def details(self) -> str:
+        """A table with one row for each convolution."""
+        rows = [[name, 'converted'] for name in self.converted]
+        rows += [[name, f'kept: {reason}'] for name, reason in self.kept]
+        return f'{_table([["convolution", ""], *rows])}\n{self._parameters()}'
+
+    def __str__(self) -> str:
+        rows = [['', 'convolutions', 'names (* is any number)']]
+        rows.append(['converted', str(len(self.converted)), _shortened(self.converted)])
+        for reason, number in self.reasons().items():
+            names = [name for name, why in self.kept if why == reason]
+            rows.append([f'kept: {reason}', str(number), _shortened(names)])
+        return f'{_table(rows)}\n{self._parameters()}'
+
+    def summary(self) -> str:
+        """The numbers in one line."""
+        return (
+            f'{len(self.converted)} convolutions converted, {len(self.kept)} kept; '
+            f'{self._parameters()}'
+        )
+
+    def _parameters(self) -> str:
+        before, after = self.parameters_before / 1e6, self.parameters_after / 1e6
+        return f'parameters: {before:.2f} M before, {after:.2f} M after'
 
 
 def convert_to_odconv(
@@ -66,7 +126,7 @@ def convert_to_odconv(
     '.*' ask for neither.
 
     If the model has a method ``fuse``, like Ultralytics' models, that method still folds norms
-    correctly (:func:`~mmdet_odconv.deployment.keep_fuse_methods_right`).
+    correctly (:func:`~mmdet_odconv.conversion.patch_fuse_methods`).
 
     Args:
         model (nn.Module): A detector or any other model.
@@ -129,9 +189,9 @@ def convert_to_odconv(
             kept.append((sites[0].name, reason))
 
     _replace(model, layers)
-    keep_initialisation(model)
+    patch_init_weights(model)
     _warn_of_shared_norms(layers, convolutions)
-    keep_fuse_methods_right(model)
+    patch_fuse_methods(model)
     return ConversionReport(converted, kept, before, _count_parameters(model))
 
 
@@ -293,3 +353,21 @@ def _used_elsewhere(
 
 def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _table(rows: list[list[str]]) -> str:
+    table = AsciiTable(rows)
+    table.inner_row_border = any('\n' in cell for row in rows for cell in row)
+    return table.table
+
+
+def _shortened(names: Iterable[str]) -> str:
+    """The names, one a line, those that differ in numbers only on one line with their count."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r'\d+(?=\.|$)', '*', name), []).append(name)
+    lines = [
+        members[0] if len(members) == 1 else f'{pattern} ({len(members)})'
+        for pattern, members in groups.items()
+    ]
+    return '\n'.join(lines)

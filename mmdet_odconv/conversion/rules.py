@@ -1,22 +1,35 @@
-"""Which convolutions stay as they are, and why."""
+"""Where the convolutions of a model are, which of them are asked for, and which stay, and why."""
 
-from typing import NamedTuple
+import difflib
+import re
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, Set
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks import ContextBlock
 from mmcv.cnn.bricks.wrappers import Conv2d as WrappedConv2d
 from mmcv.cnn.bricks.wrappers import Conv3d as WrappedConv3d
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from mmdet.models.backbones.resnest import SplitAttentionConv2d
 from mmdet.models.dense_heads import YOLOV3Head, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.tood_head import TaskDecomposition
 from mmdet.models.layers import ChannelAttention, DyReLU, PatchEmbed, SELayer
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from .._checks import ArgumentError
 from ..layers import DynamicConvNd
-from .site import CONV_TYPES, DEFORMABLE_TYPES, Site
+
+Patterns = str | Sequence[str]
+
+DEFORMABLE_TYPES = (DeformConv2d, ModulatedDeformConv2d)
+CONV_TYPES = (_ConvNd, *DEFORMABLE_TYPES, DynamicConvNd)
 
 # Plain convolutions that can be replaced, with their numbers of dimensions.
 REPLACEABLE: dict[type[nn.Module], int] = {
@@ -40,6 +53,94 @@ _POOLED = (
     (SplitAttentionConv2d, 'fc'),
     (TaskDecomposition, 'layer_attention'),
 )
+
+
+class ConversionError(ArgumentError):
+    """An argument of the conversion is unknown, out of its range, or matches nothing."""
+
+    key = 'model.odconv'
+
+
+class Site(NamedTuple):
+    """A place in a model where a convolution is.
+
+    Attributes:
+        name (str): Its dotted name, for example ``backbone.layer1.0.conv1``; '' where the model
+            is itself the convolution.
+        conv (nn.Module): The convolution, of one of ``CONV_TYPES``.
+        path (tuple[nn.Module, ...]): The modules that contain it, the model first, its parent
+            last: ``path[i]`` has the name made of the first i parts of ``name``.
+    """
+
+    name: str
+    conv: Any
+    path: tuple[nn.Module, ...]
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the dotted name."""
+        return self.name.split('.')
+
+
+def find_convolutions(model: nn.Module) -> dict[nn.Module, list[Site]]:
+    """The convolutions of ``model`` in its own order, each with all the places where it is."""
+    sites: dict[nn.Module, list[Site]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, CONV_TYPES):
+            sites.setdefault(module, []).append(Site(name, module, _path(model, name)))
+    return sites
+
+
+def held_outside_the_tree(
+    model: nn.Module, convolutions: Iterable[nn.Module]
+) -> Iterator[nn.Module]:
+    """The convolutions that a module of ``model`` may compute with past their places.
+
+    That is, it keeps them or their weights in a list, a dict, a partial, a function or an object.
+    """
+    places = {id(module) for module in model.modules()}
+    own = ('_modules', '_parameters')
+    values = [v for m in model.modules() for name, v in vars(m).items() if name not in own]
+    seen: dict[int, Any] = {}
+    while values:
+        value = values.pop()
+        if id(value) not in seen:
+            seen[id(value)] = value
+            if id(value) not in places:
+                values += _contents(value)
+    for conv in convolutions:
+        if any(id(item) in seen for item in (conv, *conv.parameters())):
+            yield conv
+
+
+def _contents(value: Any) -> list[Any]:
+    """What ``value`` refers to, as far as somebody may keep a module there."""
+    if isinstance(value, dict):
+        return list(dict.values(value))
+    if isinstance(value, (list, tuple, Set, deque)):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        return [value.__closure__, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, CellType):
+        return [] if value == CellType() else [value.cell_contents]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    # Of classes and Python modules, everything can be reached.
+    plain = not isinstance(value, (type, ModuleType))
+    return list(getattr(value, '__dict__', {}).values()) if plain else []
+
+
+def _path(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    if not name:
+        return ()
+    path = [model]
+    for part in name.split('.')[:-1]:
+        path.append(path[-1].get_submodule(part))
+    return tuple(path)
 
 
 def blocking_reason(site: Site, elsewhere: str | None) -> str | None:
@@ -221,3 +322,62 @@ def _prediction(site: Site) -> int | None:
     if isinstance(parent, nn.Sequential) and conv is not parent[-1]:
         return None
     return depths[-1]
+
+
+class Selection:
+    """Some regular expressions, any of which may be found (``re.search``) in a name.
+
+    Args:
+        argument (str): What the patterns are called in error messages.
+        patterns (str | Sequence[str]): One or several regular expressions.
+        convolutions (Iterable[str]): The names of all convolutions.
+        modules (Iterable[str]): The names of all modules, for error messages.
+
+    Raises:
+        ConversionError: A pattern is no regular expression, or is found in the name of no
+            convolution; the message has near names.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        patterns: Patterns,
+        convolutions: Iterable[str],
+        modules: Iterable[str],
+    ) -> None:
+        names = list(convolutions)
+        self.patterns = []
+        given: Iterable[Any] = patterns if isinstance(patterns, (list, tuple)) else [patterns]
+        for text in given:
+            try:
+                pattern = re.compile(text)
+            except (re.error, TypeError) as error:
+                raise ConversionError(
+                    f'{argument} {text!r} is not a regular expression: {error}'
+                ) from error
+            if not any(pattern.search(name) for name in names):
+                raise ConversionError(
+                    f'{argument} {text!r} matches the name of no convolution in the model; '
+                    + _near(text, modules)
+                )
+            self.patterns.append(pattern)
+
+    def matches(self, name: str) -> bool:
+        """Whether a pattern is found in ``name``."""
+        return any(pattern.search(name) for pattern in self.patterns)
+
+    def asks_for(self, name: str, exclusion: DefaultExclusion) -> bool:
+        """Whether a pattern is found in ``name`` but not in the exclusion's scope alone."""
+        scope = f'{exclusion.scope}.' if exclusion.scope else ''
+        return any(p.search(name) and not p.search(scope) for p in self.patterns)
+
+
+def _near(pattern: str, modules: Iterable[str]) -> str:
+    """What the user may have meant: names near the pattern, else the model's top-level names."""
+    modules = [name for name in modules if name]
+    last_parts = {name.rpartition('.')[2] for name in modules}
+    near = difflib.get_close_matches(pattern, sorted({*modules, *last_parts}), n=5, cutoff=0.5)
+    if near:
+        return f'near names: {", ".join(near)}'
+    top = [name for name in modules if '.' not in name]
+    return f'the model consists of: {", ".join(top)}'

@@ -2,7 +2,7 @@
 
 from .collapse import CollapseReport, collapse_static_layers
 from .detections import Detections
-from .fuse import fuse_odconv_bn, keep_fuse_methods_right, prepare_for_inference
+from .fuse import fuse_odconv_bn, prepare_for_inference
 from .onnx_export import export_dense_network, export_detector
 from .onnx_network import disagreement, largest_difference, use_onnx_network
 from .preprocessing import describe_preprocessing
@@ -16,7 +16,6 @@ __all__ = [
     'export_dense_network',
     'export_detector',
     'fuse_odconv_bn',
-    'keep_fuse_methods_right',
     'largest_difference',
     'prepare_for_inference',
     'use_onnx_network',

@@ -9,8 +9,9 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from ..analysis import DYNAMIC, AttentionMeter, evaluation_mode, odconv_layers, unwrapped
 from .._checks import check_number
+from ..analysis import DYNAMIC, AttentionMeter, evaluation_mode, odconv_layers
+from ..safe_running import unwrapped
 
 
 @dataclass

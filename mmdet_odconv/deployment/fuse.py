@@ -1,8 +1,6 @@
 """Brings a trained model to its leanest form: norms, temperatures and heads folded together."""
 
 import logging
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from mmcv.cnn.bricks import wrappers
@@ -10,6 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..conversion.methods import fuse_blocks
 from ..layers import DynamicConvNd, ODAttention
 from ..layers.attention import PreparedAttention, constant_affine
 from .execution import directly_following
@@ -66,7 +65,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
             elif child.norm_can_be_folded():
                 _fold(child.bn, child.fc)
                 child.bn = nn.Identity()
-    _fuse_blocks(model)
+    fuse_blocks(model)
     kept = _batch_norms(model)
     named = f' and kept {len(kept)}: {", ".join(kept)}' if kept else ''
     print_log(
@@ -84,63 +83,6 @@ fuse_odconv_bn = prepare_for_inference
 
 def _batch_norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-
-
-def keep_fuse_methods_right(model: nn.Module) -> None:
-    """Let the methods ``fuse`` of a model fold norms into its dynamic layers correctly.
-
-    The models of Ultralytics, YOLOv5 and YOLOv7 have such a method, and call it themselves before
-    validation and prediction. It treats the weight of a convolution as one kernel, but an ODConv
-    layer has a bank of kernels. So each module that has a ``fuse`` and contains such a layer gets a
-    new method: it first folds the norms of the blocks with dynamic layers, and then calls the
-    method of its class, which finds these blocks fused already. Copies and pickles of the model
-    keep the new method.
-
-    :func:`~mmdet_odconv.convert_to_odconv` calls this function. Call it yourself if you put ODConv
-    layers into a model by hand.
-
-    Args:
-        model (nn.Module): Any module.
-    """
-    for module in model.modules():
-        if callable(getattr(type(module), 'fuse', None)) and any(_unfused_blocks(module)):
-            own: Any = module
-            own.fuse = partial(_fuse, module)
-
-
-def _fuse(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    _fuse_blocks(model)
-    kind: Any = type(model)
-    return kind.fuse(model, *args, **kwargs)
-
-
-def _fuse_blocks(model: nn.Module) -> None:
-    """Fold the norms of blocks that would fold them into a dynamic layer themselves."""
-    for block in list(_unfused_blocks(model)):
-        norm = block.bn
-        if isinstance(norm, _BatchNorm) and not block.conv.fold_norm(*_scale_and_shift(norm)):
-            raise RuntimeError(f'no norm can be folded into a {type(block.conv).__name__}')
-        del block.bn
-        block.forward = block.forward_fuse
-
-
-def _unfused_blocks(model: nn.Module) -> Iterator[Any]:
-    """Blocks of convolution, norm and activation whose fused form is a method ``forward_fuse``.
-
-    Those whose norm is folded already count too, whatever their convolution.
-    """
-    for block in model.modules():
-        children = block._modules
-        conv, norm = children.get('conv'), children.get('bn')
-        if hasattr(block, 'forward_fuse') and (
-            isinstance(norm, nn.Identity)
-            or (
-                isinstance(conv, DynamicConvNd)
-                and isinstance(norm, _BatchNorm)
-                and norm.running_mean is not None
-            )
-        ):
-            yield block
 
 
 def _is_constant(norm: Any, channels: int) -> bool:

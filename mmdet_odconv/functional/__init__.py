@@ -4,12 +4,7 @@
 ``dispatch.py`` the table that picks one of its implementations.
 """
 
-from .attention import (
-    Attentions,
-    activate,
-    annealed_temperature,
-    at_least_float32,
-)
+from .attention import Attentions, activate, at_least_float32
 from .dispatch import STRATEGIES, check_strategy, record_strategies
 from .dynamic_conv import dynamic_conv
 from .formula import mix_kernel_bank, odconv_formula
@@ -22,7 +17,6 @@ __all__ = [
     'STRATEGIES',
     'Attentions',
     'activate',
-    'annealed_temperature',
     'at_least_float32',
     'bank_from_static_weight',
     'check_strategy',

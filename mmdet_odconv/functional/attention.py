@@ -1,4 +1,4 @@
-"""The four attentions of ODConv, and the temperature that sharpens them in training.
+"""The four attentions of ODConv.
 
 Paper: Omni-Dimensional Dynamic Convolution, section 3.2 and appendix
 (https://openreview.net/forum?id=DmpCfq6Mg39)
@@ -64,34 +64,6 @@ def activate(
         kernel, sizes = [last.softmax(1)], sizes[:3]
     parts = list(logits.sigmoid().split_with_sizes([size for size in sizes if size], 1))
     return Attentions(*[parts.pop(0) if size else None for size in sizes], *kernel)
-
-
-def annealed_temperature(
-    iteration: int, anneal_iters: int, initial: float, schedule: str = 'linear'
-) -> float:
-    """The temperature T of one training iteration, falling from ``initial`` to 1.
-
-    'linear' is the published schedule, T = 1 + max(0, (T₀ - 1)·(N - n)/N). The factor 1/T, which
-    scales the logits, rises steeply at its end; 'inverse', which is ours, raises 1/T in equal
-    steps.
-
-    Args:
-        iteration (int): n, counted from 1 for the first iteration.
-        anneal_iters (int): N, the number of iterations until T = 1; 0 means no annealing.
-        initial (float): T₀, the temperature at n = 0.
-        schedule (str): 'linear' in T, or 'inverse', linear in 1/T. Default: 'linear'.
-
-    Raises:
-        ValueError: The schedule is neither of the two.
-    """
-    if schedule not in ('linear', 'inverse'):
-        raise ValueError(f"schedule must be 'linear' or 'inverse', got {schedule!r}")
-    if iteration >= anneal_iters:
-        return 1.0
-    remaining = (anneal_iters - iteration) / anneal_iters
-    if schedule == 'linear':
-        return 1.0 + (initial - 1.0) * remaining
-    return 1.0 / (1.0 + (1.0 / initial - 1.0) * remaining)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
+from .._checks import ArgumentError, check_integer, check_number, check_positive
 from ..compat import autocast_is_on, is_compiling
 from ..functional import Attentions, activate
-from .._checks import ArgumentError, check_integer, check_number, check_positive
 from ..functional.attention import cast
 from ..functional.squeeze import average
 from .calibrated_norm import CalibratedNorm

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..functional import Attentions, at_least_float32, dynamic_conv, squeeze
 from .._checks import ArgumentError, check_integer, check_sizes
+from ..functional import Attentions, at_least_float32, dynamic_conv, squeeze
 from ..functional.attention import cast
 from ..functional.implementation import resolve_geometry
 from ..functional.operator import convolution_dtype, needs_plain_operations

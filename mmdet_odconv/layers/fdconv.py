@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .._checks import ArgumentError, check_integer
 from ..compat import without_autocast
 from ..functional import Attentions, at_least_float32
-from .._checks import ArgumentError, check_integer
 from ..functional.attention import cast
 from ..functional.fourier import (
     fdconv_kernels,

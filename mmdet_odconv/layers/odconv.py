@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .._checks import ArgumentError, check_number
 from ..functional import (
     DEFAULT_SPREAD,
     Attentions,
@@ -21,7 +22,6 @@ from ..functional import (
     mix_kernel_bank,
     squeeze,
 )
-from .._checks import ArgumentError, check_number
 from ..functional.attention import cast
 from ..functional.implementation import resolve_geometry
 from ..functional.operator import convolution_dtype, needs_plain_operations, odconv_unchecked

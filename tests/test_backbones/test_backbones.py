@@ -5,7 +5,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt
-from mmdet_odconv.checkpoint.published import backbone_name
+from mmdet_odconv.conversion.published import backbone_name
 from tests.conftest import ROOT, load_cases
 from tests.reference import fill, relative_error
 

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 from mmdet_odconv import ODConv1d, ODConv2d, ODConv3d, convert_to_odconv
-from mmdet_odconv.conversion.errors import ConversionError
+from mmdet_odconv.conversion import ConversionError
 from tests.reference import relative_error
 
 

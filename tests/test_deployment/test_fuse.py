@@ -31,7 +31,7 @@ from mmdet_odconv import (
     convert_to_odconv,
     fuse_odconv_bn,
 )
-from mmdet_odconv.deployment import keep_fuse_methods_right
+from mmdet_odconv.conversion import patch_fuse_methods
 from mmdet_odconv.layers import ODAttention
 from tests.conftest import ROOT
 from tests.reference import randomise, relative_error
@@ -481,7 +481,7 @@ def test_a_fuse_method_of_a_converted_model_is_right(kernel_num):
 
 def test_a_fuse_method_of_a_model_built_by_hand_can_be_made_right():
     model = UltralyticsModel(ODConv2d)
-    keep_fuse_methods_right(model)
+    patch_fuse_methods(model)
     check_fuse_method(model)
 
 

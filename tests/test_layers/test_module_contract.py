@@ -25,7 +25,7 @@ from mmdet_odconv import (
     set_temperature,
 )
 from mmdet_odconv.functional import STRATEGIES
-from mmdet_odconv.optim import groups_by_parameter
+from mmdet_odconv.training.optim import groups_by_parameter
 from tests.reference import randomise
 
 SUBMODULES = ['fc', 'bn', 'channel_fc', 'filter_fc', 'spatial_fc', 'kernel_fc']

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from mmdet_odconv import ODConv2d, ODResNet, convert_to_odconv, prepare_for_inference
-from mmdet_odconv.complexity import count_complexity
+from mmdet_odconv.analysis import count_complexity
 from mmdet_odconv.layers import ODAttention
 from tests.conftest import ROOT
 

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from tests.conftest import ROOT
 from tests.forked_tools import Tools
-from tests.test_checkpoint.test_reading import Hostile
+from tests.test_safe_running.test_reading import Hostile
 from tests.test_tools.test_train_and_test import CONFIG
 
 

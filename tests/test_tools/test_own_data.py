@@ -13,7 +13,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmdet_odconv import ODConv2d
-from mmdet_odconv.dataset_checks import require_datasets
+from mmdet_odconv.safe_running import require_datasets
 from tests.conftest import ROOT
 from tests.test_tools.test_train_and_test import run_tool
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmdet_odconv import ODConv2d, compat
 from tests.conftest import ROOT
-from tests.test_checkpoint.test_reading import Hostile
+from tests.test_safe_running.test_reading import Hostile
 
 SPEC = importlib.util.spec_from_file_location('train_tool', ROOT / 'tools/train.py')
 TOOL = importlib.util.module_from_spec(SPEC)

@@ -26,8 +26,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmdet_odconv import ODConv2d, cli, load_official_checkpoint
-from mmdet_odconv.dataset_checks import DATALOADERS, require_datasets
+from mmdet_odconv import ODConv2d, cli, load_published_checkpoint
+from mmdet_odconv.safe_running.dataset_checks import DATALOADERS, require_datasets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/odconv/retinanet_od_mobilenetv2_bccd.py'
@@ -184,7 +184,7 @@ def mmdet_backbone(path: str, out: Path) -> str:
     """ImageNet weights under the names of mmdet's backbone."""
     if not out.is_file():
         backbone = MODELS.build(dict(type='mmdet.MobileNetV2'))
-        load_official_checkpoint(backbone, path)
+        load_published_checkpoint(backbone, path)
         torch.save(backbone.state_dict(), out)
     return str(out)
 

@@ -16,7 +16,7 @@ from terminaltables import AsciiTable
 from torch import nn
 
 from mmdet_odconv import cli
-from mmdet_odconv.complexity import Complexity, count_complexity, plain_twin
+from mmdet_odconv.analysis import Complexity, count_complexity, plain_twin
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,7 +78,7 @@ def main() -> None:
     config = cli.load_config(args.config, args.cfg_options)
     register_all_modules()
     cli.shorten_report(config)
-    with cli.mistakes_in_one_sentence(config):
+    with cli.config_errors_as_exit(config):
         model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
     if args.backbone and not hasattr(model, 'backbone'):
         raise SystemExit(f'{args.config}: {type(model).__name__} has no backbone of its own')

@@ -17,8 +17,8 @@ from terminaltables import GithubFlavoredMarkdownTable
 from torch import Tensor
 
 from mmdet_odconv import cli
-from mmdet_odconv.analysis import AttentionMeter, static_attentions, unwrapped
-from mmdet_odconv.dataset_checks import require_datasets
+from mmdet_odconv.analysis import AttentionMeter, static_attentions
+from mmdet_odconv.safe_running import require_datasets, unwrapped
 
 Static = dict[str, dict[str, Tensor]]  # means of attentions by layer and by attention
 
@@ -64,7 +64,7 @@ def compare(runner: Runner, name: str | None, keep_one: bool) -> dict:
         dict: What the JSON file holds.
     """
     meter = AttentionMeter(runner.model)
-    with meter, cli.mistakes_in_one_sentence(runner.cfg):
+    with meter, cli.config_errors_as_exit(runner.cfg):
         metrics = runner.test()
     meter.all_reduce()
     metric = metric_of(metrics, name)

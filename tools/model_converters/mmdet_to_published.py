@@ -6,7 +6,7 @@ import argparse
 import torch
 
 from mmdet_odconv import cli
-from mmdet_odconv.checkpoint.official import rename_to_published, state_dict_of
+from mmdet_odconv.conversion.published import rename_to_published, state_dict_of
 
 
 def parse_args() -> argparse.Namespace:

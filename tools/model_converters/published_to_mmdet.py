@@ -13,8 +13,8 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
-from mmdet_odconv import cli, load_official_checkpoint
-from mmdet_odconv.checkpoint.official import state_dict_of
+from mmdet_odconv import cli, load_published_checkpoint
+from mmdet_odconv.conversion.published import state_dict_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def main() -> None:
     model = MODELS.build(config.model)
     try:
         names = state_dict_of(checkpoint.content)
-        load_official_checkpoint(model, checkpoint.content)
+        load_published_checkpoint(model, checkpoint.content)
     except (RuntimeError, ValueError) as error:
         raise SystemExit(f'{args.checkpoint}: {error}') from error
 

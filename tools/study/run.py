@@ -47,8 +47,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 
-from mmdet_odconv.analysis import AttentionMeter, static_attentions
-from mmdet_odconv.complexity import count_complexity
+from mmdet_odconv.analysis import AttentionMeter, count_complexity, static_attentions
 from mmdet_odconv.layers import DynamicConvNd
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,428 @@
+"""Checkpoints that survive a kill or a full disk, and a training that goes on exactly from them."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import (
+    all_gather_object,
+    all_reduce_dict,
+    barrier,
+    get_rank,
+    is_main_process,
+)
+from mmengine.evaluator import Evaluator
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import Tensor
+
+from .._checks import ArgumentError, check_integer
+from ..compat import batches_to_skip, skip_batches
+from .reading import unwrapped
+
+_BACKEND = 'durable_local'
+# The key of a checkpoint under which it has what MMEngine itself does not save.
+_POSITION = 'position'
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved; those that were there are as they were."""
+
+
+def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file that has either its old content or the whole new one, whatever happens.
+
+    The content goes to a hidden file beside it, to the disk, and only then under its name.
+
+    Args:
+        path (str or PathLike): The file; its folder is made if it is missing.
+        content (bytes): All that the file is to hold.
+
+    Raises:
+        CheckpointError: The disk is full, or the folder cannot be written to. The old file, if
+            there is one, stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open('wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(
+            f'{path} ({len(content) / 2**20:.1f} MiB) cannot be saved: {error.strerror}; '
+            'all earlier checkpoints are as they were'
+        ) from error
+    if os.name == 'posix':  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name, too, is on the disk only then
+        finally:
+            os.close(folder)
+
+
+@register_backend(_BACKEND)
+class DurableLocalBackend(LocalBackend):
+    """MMEngine's local files, written by :func:`write_durably`."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        write_durably(filepath, obj)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        write_durably(filepath, obj.encode(encoding))
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, made safe against kills and full disks.
+
+    It has the same arguments, names and files, with these differences:
+
+    - A checkpoint, the best one and ``last_checkpoint`` appear under their names only when they
+      are complete and on the disk. What they replace is removed after that. So a kill or a full
+      disk leaves the previous files as they were, whenever it happens.
+    - A checkpoint also has the states of the random generators of all processes, the place in
+      the epoch, and with ``accumulative_counts`` the gradients that wait for a step (of several
+      processes, their mean). A resumed run goes on with the same random numbers and the same
+      images as one that was never interrupted. For this, validation leaves the generators as it
+      found them.
+    - :meth:`save_now` saves ``preempted.pth`` in the middle of an epoch. The next regular
+      checkpoint removes it.
+
+    MMEngine can resume from these checkpoints, and this hook can resume from MMEngine's, but then
+    without the second point. On object stores (``backend_args``) files are written as MMEngine
+    writes them.
+    Data loader workers have generators of their own, which are not saved: with
+    ``persistent_workers=True`` a resumed run draws other augmentations.
+
+    Args:
+        *args, **kwargs: As in ``mmengine.hooks.CheckpointHook``.
+
+    Raises:
+        ValueError: ``interval`` or ``max_keep_ckpts`` is no integer; or, in the training,
+            ``save_best`` is no metric of the validation. The latter is raised at the start if the
+            evaluators name their metrics otherwise, else after the first validation, with a
+            checkpoint to go on from.
+    """
+
+    PREEMPTED = 'preempted.pth'
+
+    file_backend: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ('interval', 'max_keep_ckpts'):
+            check_integer(name, getattr(self, name), least=-1)
+        self._loaded: dict[str, Any] | None = None
+        self._position: dict[str, Any] | None = None
+        self._whole_loader: Any = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(_POSITION)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        if self._position is not None:
+            checkpoint[_POSITION] = self._position
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        self._require_possible_metrics(runner)
+        if isinstance(self.file_backend, LocalBackend) and self.file_client_args is None:
+            self.backend_args = dict(backend=_BACKEND)
+        self._saved_iter = self._first_iter = runner.iter
+        loaded, loop = self._loaded, runner.train_loop
+        if loaded is None:
+            return
+        if runner.iter > 0:
+            _set_gradients(runner, loaded.get('gradients', {}))
+        if runner.iter == 0:  # its weights are the start of another run
+            self._loaded = None
+        elif isinstance(loop, IterBasedTrainLoop):  # which itself skips what it has done
+            loop.dataloader_iterator = _ResumedBatches(
+                loop.dataloader_iterator, batches_to_skip(loop), loaded['generators']
+            )
+            self._loaded = None
+        elif 'batches' not in loaded:  # saved by a loop without epochs
+            self._loaded = None
+        elif loaded['batches'] and loaded['batches_of_epoch'] != len(loop.dataloader):
+            runner.logger.warning(
+                f'the checkpoint was saved after {loaded["batches"]} of '
+                f'{loaded["batches_of_epoch"]} batches of an epoch, but an epoch has '
+                f'{len(loop.dataloader)} now: the epoch starts anew'
+            )
+            self._loaded = None
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loop = runner.train_loop
+            self._whole_loader = loop.dataloader
+            loop.dataloader = _Remaining(loop.dataloader, loaded['batches'], loaded['generators'])
+            self._first_iter = runner.iter - loaded['batches']
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if self._whole_loader is not None:
+            runner.train_loop.dataloader, self._whole_loader = self._whole_loader, None
+        self._first_iter = runner.iter
+        super().after_train_epoch(runner)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._before_val = _generators()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, Any]) -> None:
+        _set_generators(self._before_val)
+        if not self.save_best or not self._has_metrics(runner, metrics):
+            return
+        with self._removing_afterwards():
+            super().after_val_epoch(runner, metrics)
+
+    def _require_possible_metrics(self, runner: Runner) -> None:
+        """Refuse a metric of ``save_best`` that does not begin as those of the evaluators do."""
+        evaluator: Any = getattr(runner.val_loop, 'evaluator', None)
+        # Others, such as mmdet's for several data sets, put names of their own before the metrics'.
+        if not self.save_best or type(evaluator) is not Evaluator:
+            return
+        prefixes = [metric.prefix for metric in evaluator.metrics]
+        for key in self.key_indicators:
+            possible = None in prefixes or any(key.startswith(f'{p}/') for p in prefixes)
+            if key != 'auto' and not possible:
+                raise ArgumentError(
+                    'save_best must be a metric of the validation, whose names begin with '
+                    f'{" or ".join(f"{p}/" for p in prefixes)}, got {key!r}'
+                )
+
+    def _has_metrics(self, runner: Runner, metrics: dict[str, Any]) -> bool:
+        """Whether a validation gave the metrics of ``save_best``.
+
+        Evaluators give none at all where nothing was detected. One that gave others never will.
+        """
+        absent = [key for key in self.key_indicators if key not in ('auto', *metrics)]
+        for key in absent:
+            prefix = key.rpartition('/')[0]
+            if any(name.rpartition('/')[0] == prefix for name in metrics):
+                if not self.is_saved(runner.iter):
+                    self.save_now(runner, runner.iter)
+                barrier()  # as in PreemptionHook, for a process that still saves
+                raise ArgumentError(
+                    f'save_best must be a metric of the validation ({", ".join(metrics)}), got '
+                    f'{key!r}; iteration {runner.iter} is saved, and --resume goes on from there'
+                )
+        if absent:
+            runner.logger.warning(
+                f'The validation gave no {", ".join(absent)}, so no best checkpoint is saved.'
+            )
+        return not absent
+
+    def is_saved(self, iterations: int) -> bool:
+        """Whether the last checkpoint was saved after just this number of iterations."""
+        return self._saved_iter == iterations
+
+    def save_now(self, runner: Runner, iterations: int) -> str:
+        """Save where the training is, between two regular checkpoints.
+
+        Args:
+            runner (Runner): The runner; all processes must call.
+            iterations (int): The number of iterations that are done.
+
+        Returns:
+            str: The path of the checkpoint.
+        """
+        return self._save(runner, self.PREEMPTED, dict(epoch=runner.epoch, iter=iterations))
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+        outdated: list[int] = []
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            ids = [*self.keep_ckpt_ids, step]
+            outdated = ids[: -self.max_keep_ckpts]
+            # With those about to go: killed before that, the resumed run removes them.
+            runner.message_hub.update_info('keep_ckpt_ids', ids)
+            self.keep_ckpt_ids.append(step)
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        self._save(runner, name, meta)
+        for old in (*map(self.filename_tmpl.format, outdated), self.PREEMPTED):
+            self._remove(self.file_backend.join_path(self.out_dir, old))
+
+    def _save(self, runner: Runner, name: str, meta: dict[str, Any]) -> str:
+        loop = runner.train_loop
+        self._position = dict(
+            generators=all_gather_object(_generators()), gradients=_pending_gradients(runner)
+        )
+        if isinstance(loop, EpochBasedTrainLoop):
+            whole = loop.dataloader if self._whole_loader is None else self._whole_loader
+            self._position |= dict(
+                batches=meta['iter'] - self._first_iter, batches_of_epoch=len(whole)
+            )
+        try:
+            runner.save_checkpoint(
+                self.out_dir,
+                name,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+        finally:
+            self._position = None
+        path = self.file_backend.join_path(self.out_dir, name)
+        if is_main_process():
+            write_durably(Path(runner.work_dir) / 'last_checkpoint', os.fsencode(path))
+        self._saved_iter = meta['iter']
+        return path
+
+    @contextmanager
+    def _removing_afterwards(self) -> Iterator[None]:
+        """Put off what is removed in the ``with`` block until the block has succeeded."""
+        backend, self.file_backend = self.file_backend, _LaterRemovals(self.file_backend)
+        removals = self.file_backend
+        try:
+            yield
+        finally:
+            self.file_backend = backend
+        best = {getattr(self, 'best_ckpt_path', None)}
+        best.update(getattr(self, 'best_ckpt_path_dict', {}).values())
+        for path in removals.paths:
+            if path not in best:
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        if not is_main_process():
+            return
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):  # as DeepSpeed saves
+            self.file_backend.rmtree(path)
+
+
+class _LaterRemovals:
+    """A file backend that only notes what it is to remove."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.paths: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        self.paths.append(path)
+
+    rmtree = remove
+
+
+class _Remaining:
+    """A data loader without its first batches: the rest of an epoch that was interrupted.
+
+    The batches are loaded all the same, so that the generators of the data loader's workers are
+    where they were.
+    """
+
+    def __init__(self, loader: Any, skip: int, generators: list[dict[str, Any]]) -> None:
+        self.loader, self.skip, self.generators = loader, skip, generators
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader) - self.skip
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.skip:
+            _set_generators(_of_this_process(self.generators))
+            return iter(self.loader)
+        return _ResumedBatches(iter(self.loader), self.skip, self.generators).skipped()
+
+
+class _ResumedBatches:
+    """An iterator that sets the generators before the first batch that is still to be done."""
+
+    def __init__(self, batches: Iterator[Any], done: int, generators: list[dict[str, Any]]) -> None:
+        self.batches, self.done, self.generators = batches, done, generators
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self.done == 0:
+            _set_generators(_of_this_process(self.generators))
+        self.done -= 1
+        return next(self.batches)
+
+    def skip_iter(self, number: int) -> None:
+        """What the onedl line's MMEngine calls for the batches that are done."""
+        skip_batches(self.batches, number)
+        self.done -= number
+
+    def skipped(self) -> Iterator[Any]:
+        """This iterator, after the batches that are done."""
+        while self.done:
+            next(self)
+        return self
+
+
+def _pending_gradients(runner: Runner) -> dict[str, Tensor]:
+    """The gradients of a model, by name, that wait for a step of the optimizer."""
+    wrapper: Any = runner.optim_wrapper
+    # A dict of wrappers, as generative models have, does not tell.
+    if not isinstance(wrapper, OptimWrapper) or wrapper.should_update():
+        return {}
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in unwrapped(runner.model).named_parameters()
+        if parameter.requires_grad
+    }
+    all_reduce_dict(gradients, 'mean')
+    return gradients
+
+
+def _set_gradients(runner: Runner, gradients: dict[str, Tensor]) -> None:
+    for name, parameter in unwrapped(runner.model).named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter)
+    if gradients:
+        runner.logger.info('The gradients that waited for a step are those of the checkpoint.')
+
+
+def _generators() -> dict[str, Any]:
+    """The states of this process's random generators, in types that ``torch.load`` finds safe."""
+    name, keys, *rest = np.random.get_state()
+    states = dict(
+        python=random.getstate(),
+        numpy=(name, np.asarray(keys).tolist(), *rest),
+        torch=torch.get_rng_state(),
+    )
+    if torch.cuda.is_available():
+        states['cuda'] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, Any] | None) -> None:
+    if states is None:
+        return
+    random.setstate(states['python'])
+    np.random.set_state(states['numpy'])
+    torch.set_rng_state(states['torch'].cpu())
+    if 'cuda' in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states['cuda'].cpu())
+
+
+def _of_this_process(states: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """None where there were fewer processes: the generators then stay as they are."""
+    return states[get_rank()] if get_rank() < len(states) else None
