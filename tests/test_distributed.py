@@ -22,10 +22,10 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mmdet_odconv.cli import require_same_start
 from mmdet_odconv.layers.odconv import _ODConvNd
 from mmdet_odconv.safe_running import Checkpoint, NonFiniteError, NonFiniteHook
 from tests.conftest import ROOT, tell_the_first_iteration
+from tests.test_tools.test_train_guards import TOOL
 from tests.tiny_training import InChild, assert_equal_bit_for_bit, runner, weights_of
 
 try:
@@ -336,11 +336,11 @@ def test_processes_with_different_checkpoints_do_not_start(tmp_path):
     def start(rank, world_size):
         checkpoint = Checkpoint('epoch_3.pth', dict(meta=dict(iter=9))) if rank == 0 else None
         try:
-            require_same_start(checkpoint)
+            TOOL.require_same_start(checkpoint)
         except SystemExit as error:
             return str(error)
 
     for message in in_processes(2, start, tmp_path):
         assert 'from epoch_3.pth (iteration 9) on ' in message
         assert ' and anew on ' in message
-    require_same_start(None)
+    TOOL.require_same_start(None)

@@ -18,7 +18,7 @@ from torch import nn
 
 from mmdet_odconv import cli, prepare_for_inference
 from mmdet_odconv.deployment import use_onnx_network
-from mmdet_odconv.safe_running import require_datasets
+from mmdet_odconv.safe_running import require_datasets, require_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,7 +97,7 @@ def detector_of(model: nn.Module) -> nn.Module:
 def require_fit(runner: Runner, path: str) -> None:
     """End the program unless the checkpoint fits the detector of the runner."""
     checkpoint = cli.require_checkpoint(path)
-    cli.require_weights(detector_of(runner.model), checkpoint)
+    require_weights(detector_of(runner.model), checkpoint)
     warn_of_classes(runner, checkpoint.meta)
 
 

@@ -2,12 +2,14 @@
 """Train a detector; the command line is that of mmdet's tools/train.py."""
 
 import argparse
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmdet_odconv import cli
@@ -19,6 +21,7 @@ from mmdet_odconv.safe_running import (
     NonFiniteError,
     latest_checkpoint,
     require_datasets,
+    require_weights,
     unwrapped,
 )
 from mmdet_odconv.training import ODConvAttentionHook
@@ -109,6 +112,29 @@ def resume_own(config: Config, path: str) -> None:
         cli.require_checkpoint(latest)
 
 
+def require_same_start(checkpoint: Checkpoint | None) -> None:
+    """End the program unless all processes go on from the same checkpoint, or all start anew.
+
+    Args:
+        checkpoint (Checkpoint, optional): What this process goes on from, None if it starts anew.
+
+    Raises:
+        SystemExit: In all processes; the message has the hosts and checkpoints of two that differ.
+    """
+    where, meta = f'anew on {platform.node()}', {}
+    if checkpoint is not None:
+        meta = checkpoint.meta
+        where = f'from {checkpoint.path} (iteration {meta.get("iter")}) on {platform.node()}'
+    starts = all_gather_object((meta.get('iter'), meta.get('time'), where))
+    for *start, other in starts:
+        if start != list(starts[0][:2]):
+            raise SystemExit(
+                f'the processes would not go on from the same place, but {starts[0][2]} and '
+                f'{other}: --work-dir must be a folder that all hosts share, or each host needs a '
+                'copy of the same checkpoint'
+            )
+
+
 def watch_attentions(runner: Runner) -> None:
     """Let a hook warn of dynamic layers that do not move, unless the config has one itself."""
     if any(isinstance(module, ODAttention) for module in runner.model.modules()) and not any(
@@ -184,9 +210,9 @@ def checked_runner(config: Config, start: str | None) -> Runner:
     warn_of_rates(runner, config)
     watch_attentions(runner)
     if checkpoint is not None:
-        cli.require_weights(unwrapped(runner.model), checkpoint)
+        require_weights(unwrapped(runner.model), checkpoint)
     if start is not None and 'runner_type' not in config:
-        cli.require_same_start(checkpoint)
+        require_same_start(checkpoint)
     cli.require_start_weights(runner.model)
     return runner
 

@@ -16,6 +16,7 @@ from .reading import (
     not_finite,
     read_checkpoint,
     register_safe_globals,
+    require_weights,
     unwrapped,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     'read_checkpoint',
     'register_safe_globals',
     'require_datasets',
+    'require_weights',
     'unwrapped',
 ]

@@ -3,20 +3,19 @@
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from mmengine.dist import (
     all_gather_object,
     all_reduce_dict,
-    barrier,
     get_rank,
     is_main_process,
 )
-from mmengine.evaluator import Evaluator
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper
@@ -24,7 +23,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import Tensor
 
-from .._checks import ArgumentError, check_integer
+from .._checks import check_integer
 from ..compat import batches_to_skip, skip_batches
 from .reading import unwrapped
 
@@ -81,9 +80,6 @@ class DurableLocalBackend(LocalBackend):
     def put(self, obj: bytes, filepath: str | Path) -> None:
         write_durably(filepath, obj)
 
-    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        write_durably(filepath, obj.encode(encoding))
-
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
@@ -92,30 +88,24 @@ class SafeCheckpointHook(CheckpointHook):
     It has the same arguments, names and files, with these differences:
 
     - A checkpoint, the best one and ``last_checkpoint`` appear under their names only when they
-      are complete and on the disk. What they replace is removed after that. So a kill or a full
-      disk leaves the previous files as they were, whenever it happens.
+      are complete and on the disk. What they replace is removed after that.
     - A checkpoint also has the states of the random generators of all processes, the place in
       the epoch, and with ``accumulative_counts`` the gradients that wait for a step (of several
-      processes, their mean). A resumed run goes on with the same random numbers and the same
-      images as one that was never interrupted. For this, validation leaves the generators as it
-      found them.
+      processes, their mean). A resumed run goes on as if it had never been interrupted. For this,
+      validation leaves the generators as it found them.
     - :meth:`save_now` saves ``preempted.pth`` in the middle of an epoch. The next regular
       checkpoint removes it.
 
-    MMEngine can resume from these checkpoints, and this hook can resume from MMEngine's, but then
-    without the second point. On object stores (``backend_args``) files are written as MMEngine
-    writes them.
-    Data loader workers have generators of their own, which are not saved: with
-    ``persistent_workers=True`` a resumed run draws other augmentations.
+    MMEngine can resume from these checkpoints, and this hook from MMEngine's, but then without the
+    second point. On object stores (``backend_args``) files are written as MMEngine writes them.
+    The generators of data loader workers are not saved: with ``persistent_workers=True`` a resumed
+    run draws other augmentations.
 
     Args:
         *args, **kwargs: As in ``mmengine.hooks.CheckpointHook``.
 
     Raises:
-        ValueError: ``interval`` or ``max_keep_ckpts`` is no integer; or, in the training,
-            ``save_best`` is no metric of the validation. The latter is raised at the start if the
-            evaluators name their metrics otherwise, else after the first validation, with a
-            checkpoint to go on from.
+        ValueError: ``interval`` or ``max_keep_ckpts`` is no integer.
     """
 
     PREEMPTED = 'preempted.pth'
@@ -139,31 +129,26 @@ class SafeCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        self._require_possible_metrics(runner)
         if isinstance(self.file_backend, LocalBackend) and self.file_client_args is None:
             self.backend_args = dict(backend=_BACKEND)
         self._saved_iter = self._first_iter = runner.iter
-        loaded, loop = self._loaded, runner.train_loop
-        if loaded is None:
+        loaded, self._loaded = self._loaded, None
+        loop = runner.train_loop
+        if loaded is None or runner.iter == 0:  # its weights are the start of another run
             return
-        if runner.iter > 0:
-            _set_gradients(runner, loaded.get('gradients', {}))
-        if runner.iter == 0:  # its weights are the start of another run
-            self._loaded = None
-        elif isinstance(loop, IterBasedTrainLoop):  # which itself skips what it has done
+        _set_gradients(runner, loaded.get('gradients', {}))
+        if isinstance(loop, IterBasedTrainLoop):  # which itself skips what it has done
             loop.dataloader_iterator = _ResumedBatches(
                 loop.dataloader_iterator, batches_to_skip(loop), loaded['generators']
             )
-            self._loaded = None
-        elif 'batches' not in loaded:  # saved by a loop without epochs
-            self._loaded = None
-        elif loaded['batches'] and loaded['batches_of_epoch'] != len(loop.dataloader):
+        elif loaded.get('batches') and loaded['batches_of_epoch'] != len(loop.dataloader):
             runner.logger.warning(
                 f'the checkpoint was saved after {loaded["batches"]} of '
                 f'{loaded["batches_of_epoch"]} batches of an epoch, but an epoch has '
                 f'{len(loop.dataloader)} now: the epoch starts anew'
             )
-            self._loaded = None
+        elif 'batches' in loaded:  # not by a loop without epochs
+            self._loaded = loaded
 
     def before_train_epoch(self, runner: Runner) -> None:
         loaded, self._loaded = self._loaded, None
@@ -184,47 +169,15 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any]) -> None:
         _set_generators(self._before_val)
-        if not self.save_best or not self._has_metrics(runner, metrics):
-            return
-        with self._removing_afterwards():
+        # MMEngine removes the last best checkpoint before it saves the next: here it goes after.
+        replaced: list[str] = []
+        with mock.patch.object(self.file_backend, 'remove', replaced.append):
             super().after_val_epoch(runner, metrics)
-
-    def _require_possible_metrics(self, runner: Runner) -> None:
-        """Refuse a metric of ``save_best`` that does not begin as those of the evaluators do."""
-        evaluator: Any = getattr(runner.val_loop, 'evaluator', None)
-        # Others, such as mmdet's for several data sets, put names of their own before the metrics'.
-        if not self.save_best or type(evaluator) is not Evaluator:
-            return
-        prefixes = [metric.prefix for metric in evaluator.metrics]
-        for key in self.key_indicators:
-            possible = None in prefixes or any(key.startswith(f'{p}/') for p in prefixes)
-            if key != 'auto' and not possible:
-                raise ArgumentError(
-                    'save_best must be a metric of the validation, whose names begin with '
-                    f'{" or ".join(f"{p}/" for p in prefixes)}, got {key!r}'
-                )
-
-    def _has_metrics(self, runner: Runner, metrics: dict[str, Any]) -> bool:
-        """Whether a validation gave the metrics of ``save_best``.
-
-        Evaluators give none at all where nothing was detected. One that gave others never will.
-        """
-        absent = [key for key in self.key_indicators if key not in ('auto', *metrics)]
-        for key in absent:
-            prefix = key.rpartition('/')[0]
-            if any(name.rpartition('/')[0] == prefix for name in metrics):
-                if not self.is_saved(runner.iter):
-                    self.save_now(runner, runner.iter)
-                barrier()  # as in PreemptionHook, for a process that still saves
-                raise ArgumentError(
-                    f'save_best must be a metric of the validation ({", ".join(metrics)}), got '
-                    f'{key!r}; iteration {runner.iter} is saved, and --resume goes on from there'
-                )
-        if absent:
-            runner.logger.warning(
-                f'The validation gave no {", ".join(absent)}, so no best checkpoint is saved.'
-            )
-        return not absent
+        best = {getattr(self, 'best_ckpt_path', None)}
+        best.update(getattr(self, 'best_ckpt_path_dict', {}).values())
+        for path in replaced:
+            if path not in best:
+                self._remove(path)
 
     def is_saved(self, iterations: int) -> bool:
         """Whether the last checkpoint was saved after just this number of iterations."""
@@ -247,7 +200,7 @@ class SafeCheckpointHook(CheckpointHook):
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             ids = [*self.keep_ckpt_ids, step]
             outdated = ids[: -self.max_keep_ckpts]
-            # With those about to go: killed before that, the resumed run removes them.
+            # The ones about to be removed, too: if a kill comes first, the resumed run does it.
             runner.message_hub.update_info('keep_ckpt_ids', ids)
             self.keep_ckpt_ids.append(step)
         name = self.filename_tmpl.format(step)
@@ -287,44 +240,9 @@ class SafeCheckpointHook(CheckpointHook):
         self._saved_iter = meta['iter']
         return path
 
-    @contextmanager
-    def _removing_afterwards(self) -> Iterator[None]:
-        """Put off what is removed in the ``with`` block until the block has succeeded."""
-        backend, self.file_backend = self.file_backend, _LaterRemovals(self.file_backend)
-        removals = self.file_backend
-        try:
-            yield
-        finally:
-            self.file_backend = backend
-        best = {getattr(self, 'best_ckpt_path', None)}
-        best.update(getattr(self, 'best_ckpt_path_dict', {}).values())
-        for path in removals.paths:
-            if path not in best:
-                self._remove(path)
-
     def _remove(self, path: str) -> None:
-        if not is_main_process():
-            return
-        if self.file_backend.isfile(path):
+        if is_main_process() and self.file_backend.isfile(path):
             self.file_backend.remove(path)
-        elif self.file_backend.isdir(path):  # as DeepSpeed saves
-            self.file_backend.rmtree(path)
-
-
-class _LaterRemovals:
-    """A file backend that only notes what it is to remove."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.paths: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def remove(self, path: str) -> None:
-        self.paths.append(path)
-
-    rmtree = remove
 
 
 class _Remaining:
@@ -345,13 +263,20 @@ class _Remaining:
 
     def __iter__(self) -> Iterator[Any]:
         if not self.skip:
-            _set_generators(_of_this_process(self.generators))
+            _set_generators_of_process(self.generators)
             return iter(self.loader)
-        return _ResumedBatches(iter(self.loader), self.skip, self.generators).skipped()
+        batches = iter(self.loader)
+        for _ in range(self.skip):
+            next(batches)
+        _set_generators_of_process(self.generators)
+        return batches
 
 
 class _ResumedBatches:
-    """An iterator that sets the generators before the first batch that is still to be done."""
+    """The batches of a loop by iterations, which itself takes those that are done once more.
+
+    Before the first of the others, the generators are set.
+    """
 
     def __init__(self, batches: Iterator[Any], done: int, generators: list[dict[str, Any]]) -> None:
         self.batches, self.done, self.generators = batches, done, generators
@@ -361,7 +286,7 @@ class _ResumedBatches:
 
     def __next__(self) -> Any:
         if self.done == 0:
-            _set_generators(_of_this_process(self.generators))
+            _set_generators_of_process(self.generators)
         self.done -= 1
         return next(self.batches)
 
@@ -369,12 +294,6 @@ class _ResumedBatches:
         """What the onedl line's MMEngine calls for the batches that are done."""
         skip_batches(self.batches, number)
         self.done -= number
-
-    def skipped(self) -> Iterator[Any]:
-        """This iterator, after the batches that are done."""
-        while self.done:
-            next(self)
-        return self
 
 
 def _pending_gradients(runner: Runner) -> dict[str, Tensor]:
@@ -413,9 +332,7 @@ def _generators() -> dict[str, Any]:
     return states
 
 
-def _set_generators(states: dict[str, Any] | None) -> None:
-    if states is None:
-        return
+def _set_generators(states: dict[str, Any]) -> None:
     random.setstate(states['python'])
     np.random.set_state(states['numpy'])
     torch.set_rng_state(states['torch'].cpu())
@@ -423,6 +340,6 @@ def _set_generators(states: dict[str, Any] | None) -> None:
         torch.cuda.set_rng_state(states['cuda'].cpu())
 
 
-def _of_this_process(states: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """None where there were fewer processes: the generators then stay as they are."""
-    return states[get_rank()] if get_rank() < len(states) else None
+def _set_generators_of_process(states: list[dict[str, Any]]) -> None:
+    if get_rank() < len(states):  # else there were fewer processes
+        _set_generators(states[get_rank()])

@@ -1,10 +1,9 @@
 """What must be true of the data sets of a config before a run starts.
 
 Of most of it mmdet itself says nothing: it leaves objects out, or ends with an error far from the
-cause, in the first validation at the latest.
+cause.
 """
 
-import difflib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from mmengine.logging import print_log
 from PIL import Image
 
@@ -26,25 +26,6 @@ _MANY = 0.2
 _ORIENTATION = 0x0112  # of EXIF; with more than 4, mmcv turns the image by a quarter
 
 
-def not_found(path: str, what: str) -> str:
-    """A sentence that says where a file or folder was looked for, and has near names.
-
-    Args:
-        path (str): The path.
-        what (str): What there should be.
-    """
-    message = f'{what} not found: {path}'
-    if not Path(path).is_absolute():
-        message += f' (looked for {Path(path).absolute()})'
-    folder = Path(path).parent
-    if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir())
-        near = difflib.get_close_matches(Path(path).name, names, n=3)
-        if near:
-            message += f'; is it {" or ".join(str(folder / name) for name in near)}?'
-    return message
-
-
 def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -> None:
     """End the program unless the data sets are there and have the classes of the detector.
 
@@ -53,13 +34,10 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
         dataloaders (Sequence[str]): The data loaders to look at. Default: all three.
 
     Raises:
-        SystemExit: A file or folder is missing (the message has the path looked for), an
-            annotation file is broken or empty, ``metainfo`` is not what mmdet reads, a class is
-            none of the annotation file's or stands at another place or twice, a head has another
-            number of classes, an image file is missing or empty, an evaluator reads the
-            annotations of other images, or training and validation have each other's files. Or a
-            good part of the boxes, sizes or categories cannot be right; if it is a small part,
-            which mmdet leaves out, there is a warning.
+        SystemExit: A file is missing, broken or empty, the classes are not those of the
+            annotation file in its order, a head has another number of classes, or training and
+            validation have each other's files. Or a good part of the boxes, sizes or categories
+            cannot be right; if it is a small part, which mmdet leaves out, there is a warning.
     """
     _require_order(config)
     for name in dataloaders:
@@ -68,11 +46,21 @@ def require_datasets(config: Config, dataloaders: Sequence[str] = DATALOADERS) -
             _require_files(key, dataset)
             if _is_coco(dataset):
                 classes = _classes(key, dataset)
-                if classes is not None:
-                    _require_heads(key, classes, config.get('model') or {})
+                for head, number in _class_numbers(config.get('model'), 'model'):
+                    if classes is not None and number != len(classes):
+                        raise SystemExit(
+                            f'{head}.num_classes is {number}, but {key} has {_counted(classes)}; '
+                            f'set {head}.num_classes, or the names in {key}.metainfo.classes'
+                        )
                 _require_annotations(key, dataset, classes, training=name == DATALOADERS[0])
         if name != DATALOADERS[0]:
             _require_evaluator(config, name.replace('dataloader', 'evaluator'), datasets)
+
+
+def not_found(path: str, what: str) -> str:
+    """A sentence that says where a file or folder was looked for."""
+    relative = '' if Path(path).is_absolute() else f' (looked for {Path(path).absolute()})'
+    return f'{what} not found: {path}{relative}'
 
 
 def _datasets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -101,10 +89,12 @@ def _kind(dataset: Any) -> Any:
 
 def _is_coco(dataset: Any) -> bool:
     """Whether a data set is read from one file in COCO's format."""
-    kind = _kind(dataset)
-    return (
-        isinstance(kind, type) and issubclass(kind, CocoDataset) and bool(dataset.get('ann_file'))
-    )
+    kind, file = _kind(dataset), dataset.get('ann_file')
+    return isinstance(kind, type) and issubclass(kind, CocoDataset) and bool(file)
+
+
+def _full(dataset: Any, path: str) -> str:
+    return os.path.join(dataset.get('data_root') or '', path)
 
 
 def _require_order(config: Config) -> None:
@@ -138,32 +128,14 @@ def _require_files(key: str, dataset: Any) -> None:
             )
 
 
-def _full(dataset: Any, path: str) -> str:
-    return os.path.join(dataset.get('data_root') or '', path)
-
-
 def _classes(key: str, dataset: Any) -> list[str] | None:
     """The names of the classes as mmdet will take them; None where there are none."""
-    own = dataset.get('metainfo')
-    if own is not None and not isinstance(own, dict):
-        raise SystemExit(f"{key}.metainfo must be dict(classes=('cat', 'dog')), got {own!r}")
-    for name in own or {}:
-        if name != name.lower():
-            raise SystemExit(
-                f'{key}.metainfo has {name!r}, which MMDetection 3 does not read; write '
-                f'{name.lower()!r}'
-            )
-    metainfo = {**_kind(dataset).METAINFO, **(own or {})}
+    metainfo = {**_kind(dataset).METAINFO, **(dataset.get('metainfo') or {})}
     classes = metainfo.get('thing_classes') or metainfo.get('classes')
-    if isinstance(classes, str):
-        if not os.path.isfile(classes):
-            raise SystemExit(
-                f'{key}.metainfo.classes is the text {classes!r}, and there is no such file with a '
-                f"class on each line; for a single class write ('{classes}',) with its comma"
-            )
-        classes = Path(classes).read_text(encoding='utf-8').splitlines()
     if classes is None:
         return None
+    if isinstance(classes, str) and os.path.isfile(classes):
+        classes = list_from_file(classes)
     names = list(classes)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -171,20 +143,22 @@ def _classes(key: str, dataset: Any) -> list[str] | None:
     return names
 
 
-def _require_heads(key: str, classes: list[str], model: Any) -> None:
-    for head, number in _class_numbers(model, 'model'):
-        if number != len(classes):
-            raise SystemExit(
-                f'{head}.num_classes is {number}, but {key} has {_counted(classes)}; '
-                f'set {head}.num_classes, or the names in {key}.metainfo.classes'
-            )
+def _class_numbers(model: Any, key: str) -> Iterator[tuple[str, int]]:
+    """The ``num_classes`` of the box heads in a model's config, with the keys of the heads."""
+    if isinstance(model, (list, tuple)):
+        for i, item in enumerate(model):
+            yield from _class_numbers(item, f'{key}.{i}')
+    # Detectors that read text have an output for each word, not for each class.
+    elif isinstance(model, dict) and 'language_model' not in model:
+        if '.bbox_head' in key and 'num_classes' in model:
+            yield key, model['num_classes']
+        else:
+            for name, child in model.items():
+                yield from _class_numbers(child, f'{key}.{name}')
 
 
 def _require_evaluator(config: Config, key: str, datasets: list[tuple[str, Any]]) -> None:
-    """Let the evaluators read the annotations of the images that they judge.
-
-    With those of others the AP is 0, or there is none; with those of more images it is too low.
-    """
+    """Let the evaluators read annotations that are there, best those of the images they judge."""
     evaluators = config.get(key) or []
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         path = evaluator.get('ann_file')
@@ -194,39 +168,12 @@ def _require_evaluator(config: Config, key: str, datasets: list[tuple[str, Any]]
             raise SystemExit(f'{not_found(path, f"annotation file of {key}")}; set {key}.ann_file')
         for name, dataset in datasets if len(datasets) == 1 else []:
             own = _full(dataset, dataset.get('ann_file') or '')
-            if dataset.get('indices') is not None:
-                _warn_of_left_out_images(f'{name}.indices leaves images of {own} out', key)
-            if not _is_coco(dataset) or not os.path.isfile(own) or os.path.samefile(own, path):
-                continue
-            judged, known = (_images(file) for file in (own, path))
-            if judged and not judged <= known:
-                raise SystemExit(
-                    f'{key}.ann_file={path} does not have the images of {own}, the annotation file '
-                    f'of {name}; set the two to the same file'
+            if _is_coco(dataset) and os.path.isfile(own) and not os.path.samefile(own, path):
+                _refuse(
+                    f'{key} judges by {path}, but {name} reads {own}: where the two have other '
+                    'images, there is no AP, or one that is too low',
+                    False,
                 )
-            if judged and judged < known:
-                number = len(known - judged)
-                _warn_of_left_out_images(f'{own} lacks {number} of the images of {path}', key)
-
-
-def _warn_of_left_out_images(reason: str, evaluator: str) -> None:
-    print_log(
-        f'{reason}, but {evaluator} counts their objects as missed, so the AP will be too low. To '
-        'test on fewer images, make an annotation file of these, and set ann_file of both to it.',
-        logger='current',
-        level=logging.WARNING,
-    )
-
-
-def _images(path: str) -> set[tuple[Any, Any]]:
-    """The images of a small annotation file; none of a broken one, which others complain of."""
-    if os.path.getsize(path) > _MOST_BYTES:
-        return set()
-    try:
-        images = json.loads(Path(path).read_text(encoding='utf-8'))['images']
-        return {(image['id'], image.get('file_name')) for image in images}
-    except (KeyError, TypeError, ValueError):
-        return set()
 
 
 def _require_annotations(key: str, dataset: Any, classes: list[str] | None, training: bool) -> None:
@@ -247,21 +194,15 @@ def _require_annotations(key: str, dataset: Any, classes: list[str] | None, trai
     try:
         categories = [category['name'] for category in content['categories']]
         files = [image.get('file_name') for image in content['images']]  # LVIS has none
-        _require_entries(where, content)
-        _require_boxes(where, content)
+        _require_objects(where, content)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise SystemExit(f"{where} is not in COCO's format: {error!r}") from error
     for name in (classes or []) if own else []:
         if name not in categories:
-            origin = f'{key}.metainfo.classes has'
-            if 'classes' not in dataset.metainfo:
-                kind = _kind(dataset).__name__
-                origin = f'{key}.metainfo has no classes, so those of {kind} hold, with'
-            raise SystemExit(f'{origin} {name!r}, but {path} has {_counted(categories)}')
+            raise SystemExit(
+                f'{key}.metainfo.classes has {name!r}, but {path} has {_counted(categories)}'
+            )
     ordered = [name for name in categories if name in (classes or ())]
-    if len(set(ordered)) < len(ordered):
-        twice = next(name for name in ordered if ordered.count(name) > 1)
-        raise SystemExit(f'{where} has two categories {twice!r}')
     if own and ordered != classes and _kind(dataset).load_data_list is CocoDataset.load_data_list:
         raise SystemExit(
             f'{key}.metainfo.classes must have the order of {path}, because MMDetection numbers '
@@ -283,65 +224,46 @@ def _require_annotations(key: str, dataset: Any, classes: list[str] | None, trai
     _require_sizes(where, content['images'], paths)
 
 
-def _require_entries(where: str, content: dict[str, Any]) -> None:
-    """End the program unless images and annotations have what mmdet and pycocotools read."""
-    needed: dict[str, tuple[str, ...]] = dict(
-        images=('id', 'width', 'height'), annotations=('image_id', 'category_id', 'bbox', 'area')
-    )
+def _require_objects(where: str, content: dict[str, Any]) -> None:
+    """Look for categories that are none, and boxes that are no x, y, width, height in pixels."""
+    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     # Those of a panoptic segmentation have the objects of a whole image each.
     objects = [
-        {'image_id': entry.get('image_id'), **part}
+        {'image_id': entry['image_id'], **part}
         for entry in content.get('annotations') or []
         for part in entry.get('segments_info', [entry])
     ]
-    content['annotations'] = objects
-    for name, keys in needed.items():
-        for entry in content.get(name) or []:
-            lacking = [key for key in keys if key not in entry]
-            if lacking:
-                raise SystemExit(
-                    f"{where} is not in COCO's format: one of its {name} (id {entry.get('id')}) "
-                    f'has no {" and no ".join(lacking)}'
-                )
-    annotations = content.get('annotations') or []
-    for name, key in (('images', 'image_id'), ('categories', 'category_id')):
-        ids = {entry['id'] for entry in content[name]}
-        used = {entry[key] for entry in annotations}
-        if annotations and not used & ids:
-            raise SystemExit(
-                f'{where} has no annotation whose {key} is that of one of its {name}: the first '
-                f'has {annotations[0][key]}, and they have {", ".join(map(str, sorted(ids)[:5]))}'
-            )
-        if key == 'category_id' and used - ids:
-            wrong = [entry for entry in annotations if entry[key] not in ids]
-            too_low = {each + 1 for each in used if isinstance(each, int)} <= ids
-            _refuse(
-                f'{where} has {len(wrong)} of {len(annotations)} annotations without a category, '
-                f'as the one with category_id {wrong[0][key]}'
-                + ('; are all these ids one too low?' if too_low else ''),
-                too_low or len(wrong) > _MANY * len(annotations),
-            )
-
-
-def _require_boxes(where: str, content: dict[str, Any]) -> None:
-    """Look for boxes that are no x, y, width and height in pixels."""
-    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    entries = [e for e in content.get('annotations') or [] if e['image_id'] in sizes]
-    boxes = [(entry['bbox'], sizes[entry['image_id']]) for entry in entries]
-    outside = [(b, s) for b, s in boxes if b[0] + b[2] > s[0] + 1 or b[1] + b[3] > s[1] + 1]
-    if boxes and all(max(box) <= 1 for box, _ in boxes):
-        _refuse(
-            f'{where} has its {len(boxes)} boxes as fractions of the images, such as '
-            f'{boxes[0][0]}, where pixels are due',
-            True,
+    boxes = [(o['bbox'], sizes[o['image_id']]) for o in objects if o['image_id'] in sizes]
+    if objects and not boxes:
+        raise SystemExit(
+            f'{where} has no annotation whose image_id is that of one of its images: the first '
+            f'has {objects[0]["image_id"]}'
         )
+    ids = {category['id'] for category in content['categories']}
+    wrong = [entry['category_id'] for entry in objects if entry['category_id'] not in ids]
+    if wrong:
+        too_low = {entry['category_id'] + 1 for entry in objects} <= ids
+        _refuse(
+            f'{where} has {len(wrong)} of {len(objects)} annotations without a category, '
+            f'as the one with category_id {wrong[0]}'
+            + '; are all these ids one too low?'
+            * too_low,
+            too_low or len(wrong) > _MANY * len(objects),
+        )
+    if boxes and all(max(box) <= 1 for box, _ in boxes):
+        raise SystemExit(
+            f'{where} has its {len(boxes)} boxes as fractions of the images, such as '
+            f'{boxes[0][0]}, where pixels are due'
+        )
+    outside = [(b, s) for b, s in boxes if b[0] + b[2] > s[0] + 1 or b[1] + b[3] > s[1] + 1]
     if outside:
         box, (width, height) = outside[0]
         as_corners = all(b[2] > b[0] and b[3] > b[1] for b, _ in boxes)
         _refuse(
             f'{where} has {len(outside)} of {len(boxes)} boxes that end outside of their images, '
             f'such as {box} in one of {width}x{height} pixels'
-            + ('; are they x1, y1, x2, y2, where x, y, width, height are due?' * as_corners),
+            + '; are they x1, y1, x2, y2, where x, y, width, height are due?'
+            * as_corners,
             as_corners or len(outside) > _MANY * len(boxes),
         )
 
@@ -365,7 +287,8 @@ def _require_sizes(where: str, images: list[dict[str, Any]], paths: list[str]) -
         _refuse(
             f'{where} has other sizes than {len(wrong)} of {seen} images looked at: {path} has '
             f'{size[0]}x{size[1]} pixels, and the file says {given[0]}x{given[1]}'
-            + ('; are width and height swapped?' if swapped else ''),
+            + '; are width and height swapped?'
+            * swapped,
             len(wrong) > _MANY * seen,
         )
 
@@ -375,20 +298,6 @@ def _refuse(complaint: str, end: bool) -> None:
     if end:
         raise SystemExit(complaint)
     print_log(f'{complaint}.', logger='current', level=logging.WARNING)
-
-
-def _class_numbers(model: Any, key: str) -> Iterator[tuple[str, int]]:
-    """The ``num_classes`` of the box heads in a model's config, with the keys of the heads."""
-    if isinstance(model, (list, tuple)):
-        for i, item in enumerate(model):
-            yield from _class_numbers(item, f'{key}.{i}')
-    # Detectors that read text have an output for each word, not for each class.
-    elif isinstance(model, dict) and 'language_model' not in model:
-        if '.bbox_head' in key and 'num_classes' in model:
-            yield key, model['num_classes']
-        else:
-            for name, child in model.items():
-                yield from _class_numbers(child, f'{key}.{name}')
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -27,9 +27,8 @@ class NonFiniteError(RuntimeError):
 class NonFiniteHook(Hook):
     """Stop at a loss that is NaN or infinite, before it reaches the weights.
 
-    The error names the iteration, the images and the first layer whose output was not finite. To
-    find that layer, the forward pass is repeated once. If weights became NaN through their
-    gradients, they are not saved, so the last checkpoint is always a good one.
+    The error names the iteration, the images and the first layer whose output was not finite, for
+    which the forward pass is repeated. Weights that became NaN through gradients are not saved.
 
     Args:
         action (str): 'stop', or 'skip' to leave such iterations out. A skipped iteration changes
@@ -40,7 +39,6 @@ class NonFiniteHook(Hook):
             Default: 10.
 
     Raises:
-        ValueError: An argument is out of its range.
         NonFiniteError: During the training, if the loss or the weights are not finite.
     """
 

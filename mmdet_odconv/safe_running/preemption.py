@@ -82,14 +82,12 @@ class PreemptionHook(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         _hold_sigterm_back()
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        _hold_sigterm_back()
+    before_val_epoch = before_train_epoch
 
-    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+    def before_train_iter(self, *args: Any, **kwargs: Any) -> None:
         _let_sigterm_in()
 
-    def before_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        _let_sigterm_in()
+    before_val_iter = before_train_iter
 
     def after_train(self, runner: Runner) -> None:
         self._end()

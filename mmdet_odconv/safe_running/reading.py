@@ -1,33 +1,23 @@
 """Reading checkpoints of a training: any file, also a broken one or a stranger's.
 
-Since PyTorch 2.6 ``torch.load`` refuses all classes but those known to be harmless. MMEngine
-0.10.7 calls it that way on files that hold :class:`mmengine.logging.HistoryBuffer` objects (the
-log), and so cannot test or resume from what it saved. Safe mode stays on: exactly the classes of
-those objects are registered.
+PyTorch's safe mode stays on with every version. It refuses all classes but those known to be
+harmless, and so the log in the checkpoints that MMEngine 0.10.7 itself saves; exactly the classes
+of that log are registered.
 """
 
-import io
-import json
 import logging
 import os
 import pickle
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from urllib.parse import urlparse
+from unittest import mock
 
-import mmengine
 import numpy as np
 import torch
-from mmengine import fileio
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner.checkpoint import (
-    get_deprecated_model_names,
-    get_external_models,
-    get_mmcls_models,
-)
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..compat import add_safe_globals, load_weights
@@ -63,14 +53,16 @@ def read_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint in ``torch.load``'s safe mode, with every version of torch.
 
     Args:
-        path (str): As MMEngine takes it.
+        path (str): As MMEngine takes it: a file, or an address such as ``torchvision://resnet50``.
 
     Raises:
-        CheckpointFileError: The file is truncated or damaged, has something else than weights and
-            plain values in it, or is not a checkpoint.
+        CheckpointFileError: The file is missing, truncated or damaged, has something else than
+            weights and plain values in it, or is not a checkpoint.
     """
     try:
-        content = load_weights(_local(path), map_location='cpu')
+        # MMEngine's loaders and torch.hub themselves do not always ask for the safe mode.
+        with mock.patch.object(torch, 'load', load_weights):
+            content = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
     except Exception as error:  # bytes that are no checkpoint can raise anything
         raise CheckpointFileError(
             f'{path} cannot be read as a checkpoint: {_reason(error)}'
@@ -78,37 +70,6 @@ def read_checkpoint(path: str) -> Checkpoint:
     if not isinstance(content, dict):
         raise CheckpointFileError(f'{path} has no state dict, but a {type(content).__name__}')
     return Checkpoint(path, content)
-
-
-def _local(path: str) -> Path | io.BytesIO:
-    """The file of a checkpoint; one from the web is where MMEngine, too, will look for it."""
-    if '://' not in path:
-        return Path(path).expanduser()
-    if path.startswith(('torchvision://', 'modelzoo://')):
-        import_module('torchvision')  # without which MMEngine does not know their addresses
-    address = web_address(path)
-    if address is None:
-        return io.BytesIO(fileio.get(path))
-    file = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(address).path).name)
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(file))
-    return file
-
-
-def web_address(path: str) -> str | None:
-    """Where on the web the checkpoint is that MMEngine means by ``path``; None if nowhere."""
-    scheme, _, name = path.partition('://')
-    name = get_deprecated_model_names().get(name, name)
-    if scheme in ('http', 'https'):
-        return path
-    if scheme in ('torchvision', 'modelzoo'):
-        addresses = Path(mmengine.__path__[0]) / 'hub/torchvision_0.12.json'
-        known = json.loads(addresses.read_text(encoding='utf-8'))
-        return known.get(name.lower())
-    if scheme in ('open-mmlab', 'openmmlab'):
-        return get_external_models().get(name)
-    return get_mmcls_models().get(name) if scheme == 'mmcls' else None
 
 
 def _reason(error: Exception) -> str:
@@ -121,29 +82,11 @@ def _reason(error: Exception) -> str:
     return str(error).strip().partition('\n')[0] or type(error).__name__
 
 
-def not_finite(model: nn.Module, state_dict: dict[str, Any]) -> list[str]:
-    """The names of the weights and running statistics that have a NaN or an infinity.
-
-    Args:
-        model (nn.Module): The model; its other buffers may be infinite, as masks are.
-        state_dict (dict): A state dict of it.
-    """
-    weights = {name for name, _ in model.named_parameters()}
-    return [
-        name
-        for name, value in state_dict.items()
-        if name in weights or name.endswith(('running_mean', 'running_var'))
-        if isinstance(value, Tensor) and not value.isfinite().all()
-    ]
-
-
 def latest_checkpoint(work_dir: str) -> Checkpoint | None:
     """The checkpoint from which a training in a work folder goes on.
 
     This is the one that ``last_checkpoint`` names. If that one is missing or damaged, it is the
-    youngest of the others that can be read, and the log says which ones were passed over. A kill
-    or a full disk leaves damaged checkpoints behind, but not with
-    :class:`~mmdet_odconv.SafeCheckpointHook`.
+    youngest of the others that can be read, and the log says which ones were skipped.
 
     Args:
         work_dir (str): The work folder.
@@ -187,6 +130,62 @@ def latest_checkpoint(work_dir: str) -> Checkpoint | None:
             f'{work_dir} has no checkpoint to go on from: {next(iter(complaints.values()))}'
         )
     return None
+
+
+def require_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the weights of a checkpoint, and end the program unless the model has got them all.
+
+    MMEngine itself only logs what does not fit, and a model with random weights in some of its
+    layers then has an AP of 0, or draws nothing. What the checkpoint has beyond the model's
+    weights does not matter.
+
+    Args:
+        model (nn.Module): The detector, without wrappers.
+        checkpoint (Checkpoint): The checkpoint.
+
+    Raises:
+        SystemExit: Entries are missing, have other shapes, values that are not finite or are those
+            of a BatchNorm where the model has another norm. The message names the first of them.
+    """
+    state_dict = checkpoint.content.get('state_dict', checkpoint.content)
+    own: Any = type(state_dict)((k.removeprefix('module.'), v) for k, v in state_dict.items())
+    if hasattr(state_dict, '_metadata'):
+        own._metadata = state_dict._metadata
+    known = model.state_dict()
+    other_norms = [
+        f'{name} is a BatchNorm in the file, but not in the config'
+        for name, module in model.named_modules()
+        if hasattr(module, 'eps')
+        and f'{name}.running_mean' in own
+        and f'{name}.running_mean' not in known
+    ]
+    broken = [f'{name} has values that are not finite' for name in not_finite(model, own)]
+    complaints = other_norms + broken
+    if not complaints:
+        try:
+            missing = model.load_state_dict(own, strict=False).missing_keys
+            complaints = [f'{name} is not in the file' for name in missing]
+        except RuntimeError as error:  # with a line for each
+            complaints = [line.strip().rstrip('.') for line in str(error).splitlines()[1:]]
+    if complaints:
+        more = f' (and {len(complaints) - 1} more like it)' if len(complaints) > 1 else ''
+        raise SystemExit(f'{checkpoint.path} does not fit the config: {complaints[0]}{more}')
+
+
+def not_finite(model: nn.Module, state_dict: dict[str, Any]) -> list[str]:
+    """The names of the weights and running statistics that have a NaN or an infinity.
+
+    Args:
+        model (nn.Module): The model; its other buffers may be infinite, as masks are.
+        state_dict (dict): A state dict of it.
+    """
+    weights = {name for name, _ in model.named_parameters()}
+    return [
+        name
+        for name, value in state_dict.items()
+        if name in weights or name.endswith(('running_mean', 'running_var'))
+        if isinstance(value, Tensor) and not value.isfinite().all()
+    ]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import find_latest_checkpoint
 
@@ -16,7 +15,6 @@ from mmdet_odconv.safe_running import CheckpointError, latest_checkpoint
 from mmdet_odconv.safe_running import checkpoint as module
 from tests.tiny_training import (
     BATCHES,
-    Draws,
     InChild,
     assert_equal_bit_for_bit,
     quick,
@@ -238,53 +236,6 @@ def test_a_full_disk_at_the_first_save_leaves_no_file(tmp_path, small_files):
     with pytest.raises(CheckpointError, match='earlier checkpoints are as they were'):
         tiny.train()
     assert not files(tmp_path)
-
-
-class TestSaveBest:
-    """A metric that does not exist is refused as early as it can be told."""
-
-    @staticmethod
-    def runner(folder, save_best, *metrics, **options):
-        checkpoint = dict(save_best=save_best, interval=3)
-        tiny = runner(folder, checkpoint=checkpoint, **options)
-        tiny._val_evaluator = options.get('evaluator', Evaluator)([*metrics])
-        return tiny
-
-    def test_at_the_start_by_the_prefix(self, tmp_path):
-        tiny = self.runner(tmp_path, 'acc', Draws(prefix='a'), Draws(prefix='b'))
-        with pytest.raises(ValueError, match=r"save_best must .* begin with a/ or b/, got 'acc'"):
-            tiny.train()
-        assert tiny.iter == 0
-
-    def test_after_the_first_validation_with_a_checkpoint(self, tmp_path):
-        tiny = self.runner(tmp_path, 'a/accuracy', Draws(prefix='a'))
-        message = r"save_best must .* \(a/acc\), got 'a/accuracy'; iteration 5 is saved"
-        with pytest.raises(ValueError, match=message):
-            tiny.train()
-        tiny = self.runner(tmp_path, 'a/acc', Draws(prefix='a'), epochs=2, resume=True)
-        tiny.train()
-        assert tiny.iter == 2 * BATCHES
-        assert (tmp_path / 'best_a_acc_epoch_2.pth').is_file()
-
-    def test_by_no_prefix_where_the_evaluator_puts_another_before(self, tmp_path):
-        class OfDataSets(Evaluator):
-            def evaluate(self, size):
-                return {f'first/{name}': value for name, value in super().evaluate(size).items()}
-
-        metric = Draws(prefix='a')
-        tiny = self.runner(tmp_path, 'first/a/acc', metric, evaluator=OfDataSets, epochs=1)
-        tiny.train()
-        assert (tmp_path / 'best_first_a_acc_epoch_1.pth').is_file()
-
-    @pytest.mark.parametrize('others', [[], [Draws(prefix='b')]])
-    def test_a_validation_without_detections_is_no_mistake(self, tmp_path, others):
-        class Nothing(Draws):
-            def compute_metrics(self, results):
-                return {}
-
-        tiny = self.runner(tmp_path, 'a/acc', Nothing(prefix='a'), *others, epochs=2)
-        tiny.train()
-        assert tiny.iter == 2 * BATCHES
 
 
 def test_the_best_checkpoint_stays_until_the_next_is_there(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
 import pytest
-import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.optim import build_optim_wrapper
@@ -7,7 +6,7 @@ from mmengine.registry import HOOKS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdet_odconv import ODConv2d, cli
+from mmdet_odconv import cli
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / 'configs/odconv/retinanet_od_r18_shapes.py')
@@ -33,7 +32,7 @@ def test_a_wrong_argument_of_a_backbone_ends_in_one_sentence(tmp_path, option, v
     config = cli.load_config(CONFIG)
     config.model.backbone[option] = value
     config.work_dir = str(tmp_path)
-    with pytest.raises(SystemExit, match=f'^the ODConv layers of the config: {message}'):
+    with pytest.raises(SystemExit, match=f'^OD(Attention|Conv2d): {message}'):
         cli.build_runner(config)
 
 
@@ -41,12 +40,9 @@ def test_a_wrong_argument_of_a_backbone_ends_in_one_sentence(tmp_path, option, v
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(type='RetinaNett'), "there is no model 'RetinaNett'; is it RetinaNet"),
-        (dict(backbon=dict(depth=18)), "RetinaNet has no argument 'backbon'; is it backbone"),
-        (
-            dict(bbox_head=dict(num_clases=5)),
-            "AnchorHead has no argument 'num_clases'; is it num_c",
-        ),
+        (dict(type='RetinaNett'), 'RetinaNett is not in the .*model registry'),
+        (dict(backbon=dict(depth=18)), "RetinaNet.* unexpected keyword argument 'backbon'"),
+        (dict(bbox_head=dict(num_clases=5)), ".* unexpected keyword argument 'num_clases'"),
         (dict(backbone=dict(depth=19)), 'invalid depth 19 for resnet'),
     ],
 )
@@ -60,21 +56,10 @@ def test_a_wrong_name_in_a_config_ends_in_one_sentence(tmp_path, changes, messag
 def test_an_unknown_scheduler_is_named():
     config = cli.load_config(CONFIG)
     with (
-        pytest.raises(SystemExit, match="no parameter scheduler 'LinerLR'; is it LinearLR"),
+        pytest.raises(SystemExit, match=r'LinerLR is not in the .*parameter scheduler registry'),
         cli.config_errors_as_exit(config),
     ):
         PARAM_SCHEDULERS.build(dict(type='LinerLR'))
-
-
-@pytest.mark.parametrize('constructor', ['Default', 'ODConv'])
-@pytest.mark.parametrize('option', ['lr', 'weight_decay'])
-def test_text_in_place_of_a_number_of_the_optimizer_is_named(constructor, option):
-    key = f'optim_wrapper.optimizer.{option}'
-    config = cli.load_config(CONFIG, {key: 'fast'})
-    config.optim_wrapper.constructor = f'{constructor}OptimWrapperConstructor'
-    message = rf"retinanet_od_r18_shapes\.py: {key} must be a number, got 'fast'$"
-    with pytest.raises(SystemExit, match=message), cli.config_errors_as_exit(config):
-        build_optim_wrapper(ODConv2d(2, 2, 3), config.optim_wrapper)
 
 
 @pytest.mark.parametrize(
@@ -98,62 +83,19 @@ def test_a_refused_argument_names_its_owner(registry, built, message):
 def test_an_unknown_norm_of_the_attention_is_named():
     config = cli.load_config(CONFIG)
     config.model.backbone.odconv_cfg = dict(norm_cfg=dict(type='Ln'))
-    message = r"there is no layer 'Ln'; is it LN"
+    message = r"there is no layer 'Ln'"
     with pytest.raises(SystemExit, match=message), cli.config_errors_as_exit(config):
         MODELS.build(config.model)
 
 
 def test_an_unknown_optimizer_is_named():
     config = cli.load_config(CONFIG, {'optim_wrapper.optimizer.type': 'AdamX'})
-    message = r"there is no optimizer 'AdamX'; is it Adam"
+    message = r"there is no optimizer 'AdamX'"
     with pytest.raises(SystemExit, match=message), cli.config_errors_as_exit(config):
         build_optim_wrapper(nn.Linear(2, 2), config.optim_wrapper)
     config.optim_wrapper.constructor = 'ODConvOptimWrapperConstructor'
     with pytest.raises(SystemExit, match=message), cli.config_errors_as_exit(config):
         build_optim_wrapper(nn.Linear(2, 2), config.optim_wrapper)
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        (
-            dict(neck=dict(in_channels=[16, 32, 64, 64])),
-            r'model\.neck\.lateral_convs\.3\.conv takes 64 channels, but its input has 128; '
-            r'check the in_channels of model\.neck$',
-        ),
-        (
-            dict(neck=dict(in_channels=[16, 32, 64, 64], conv_cfg=dict(type='ODConv'))),
-            r'model\.neck\.lateral_convs\.3\.conv takes 64 channels, but its input has 128; ',
-        ),
-        (
-            dict(bbox_head=dict(in_channels=99)),
-            r'model\.bbox_head\.\S+ takes 99 channels, .* the in_channels of model\.bbox_head$',
-        ),
-        (
-            dict(neck=dict(in_channels=[16, 32, 64])),
-            r'FPN refuses what it is given: assert len\(inputs\) == len\(self\.in_channels\)$',
-        ),
-    ],
-)
-def test_parts_that_do_not_fit_each_other_end_in_one_sentence(changes, message):
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
-
-    register_all_modules()
-    config = cli.load_config(CONFIG)
-    config.merge_from_dict(dict(model=changes))
-    detector = MODELS.build(config.model).eval()
-    for model in (detector, Wrapper(detector)):
-        with (
-            pytest.raises(SystemExit, match=rf'retinanet_od_r18_shapes\.py: {message}'),
-            cli.config_errors_as_exit(config),
-        ):
-            model(torch.rand(2, 3, 64, 64), mode='tensor')
 
 
 @pytest.mark.parametrize('error', [KeyError('x'), TypeError('f() takes no arguments')])

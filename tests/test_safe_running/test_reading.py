@@ -10,7 +10,12 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdet_odconv import ODConv2d, compat
-from mmdet_odconv.safe_running import CheckpointFileError, latest_checkpoint, read_checkpoint
+from mmdet_odconv.safe_running import (
+    CheckpointFileError,
+    latest_checkpoint,
+    read_checkpoint,
+    reading,
+)
 from mmdet_odconv.safe_running.checkpoint import _generators
 
 
@@ -181,3 +186,66 @@ class TestLatestCheckpoint:
             path.write_bytes(b'no checkpoint')
         with pytest.raises(CheckpointFileError, match=r'epoch_2\.pth cannot be read'):
             latest_checkpoint(str(folder))
+
+
+def dynamic(kernel_num=4, classes=3):
+    return nn.ModuleDict(
+        dict(
+            backbone=nn.Sequential(ODConv2d(3, 8, 3, kernel_num=kernel_num), nn.BatchNorm2d(8)),
+            head=nn.Conv2d(8, classes, 1),
+        )
+    )
+
+
+def test_weights_of_another_norm_are_named(tmp_path):
+    """A LayerNorm has all its entries in the file of a BatchNorm."""
+    path = tmp_path / 'a.pth'
+    for kind in ('LN', 'BN'):
+        layer = nn.Sequential(ODConv2d(16, 8, 3, norm_cfg=dict(type=kind)))
+        torch.save(layer.state_dict(), path)
+        require_weights(layer, path)
+    layer = nn.Sequential(ODConv2d(16, 8, 3, norm_cfg=dict(type='LN')))
+    with pytest.raises(
+        SystemExit, match=r'0\.attention\.bn is a BatchNorm in the file, but not in'
+    ):
+        require_weights(layer, path)
+
+
+def require_weights(model, path):
+    reading.require_weights(model, read_checkpoint(str(path)))
+
+
+@pytest.mark.parametrize('wrapped', [True, False])
+def test_weights_that_fit_are_loaded(tmp_path, wrapped):
+    model, other = dynamic(), dynamic()
+    state = {'module.' * wrapped + name: t for name, t in model.state_dict().items()}
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'a.pth')
+    require_weights(other, tmp_path / 'a.pth')
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_static_weights_fit(tmp_path):
+    plain = nn.ModuleDict(
+        dict(backbone=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), head=nn.Conv2d(8, 3, 1))
+    )
+    torch.save(plain.state_dict(), tmp_path / 'a.pth')
+    require_weights(dynamic(), tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(kernel_num=2), r'size mismatch for backbone\.0\.'),
+        (dict(classes=5), r'size mismatch for head\.weight: .*\(and 1 more like it\)$'),
+    ],
+)
+def test_weights_of_another_shape_end_the_program(tmp_path, options, message):
+    torch.save(dynamic(**options).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=rf'a\.pth does not fit the config: {message}'):
+        require_weights(dynamic(), tmp_path / 'a.pth')
+
+
+def test_weights_of_another_model_end_the_program(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=r'backbone\.0\.weight is not in the file \(and \d+'):
+        require_weights(dynamic(), tmp_path / 'a.pth')

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmdet_odconv import cli
 from mmdet_odconv.analysis import AttentionMeter, static_attentions
-from mmdet_odconv.safe_running import require_datasets, unwrapped
+from mmdet_odconv.safe_running import require_datasets, require_weights, unwrapped
 
 Static = dict[str, dict[str, Tensor]]  # means of attentions by layer and by attention
 
@@ -134,7 +134,7 @@ def main() -> None:
     config.load_from, config.resume = args.checkpoint, False
     runner = cli.build_runner(config)
     cli.require_odconv_layers(runner.model, args.config)
-    cli.require_weights(unwrapped(runner.model), cli.require_checkpoint(args.checkpoint))
+    require_weights(unwrapped(runner.model), cli.require_checkpoint(args.checkpoint))
     results = compare(runner, args.metric, args.keep_one)
     if is_main_process():
         Path(args.out).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
