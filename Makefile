@@ -83,7 +83,7 @@ study: $(READY)
 	$(BIN)/python tools/study/table.py
 
 study-run: $(READY)
-	$(BIN)/python tools/make_shapes_dataset.py data/shapes_hard --hard --train 12000 --val 1000 --size 128 128
+	$(BIN)/python tools/study/make_shapes_dataset.py data/shapes_hard --hard --train 12000 --val 1000 --size 128 128
 	$(BIN)/python tools/study/run.py
 
 road:
@@ -91,10 +91,10 @@ road:
 
 pretrain-and-detect: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pretrain.txt
-	$(BIN)/python tools/make_shapes_dataset.py data/shapes_classification --classification \
+	$(BIN)/python tools/study/make_shapes_dataset.py data/shapes_classification --classification \
 	    --train 22000 --val 1000 --size 64 64 --seed 1
 	$(BIN)/python tools/train.py configs/pretrain/od_r18_shapes.py --work-dir $(ROAD_DIR)/classifier
-	$(BIN)/python tools/make_shapes_dataset.py data/shapes_hard_small --hard --train 8000 --val 500 \
+	$(BIN)/python tools/study/make_shapes_dataset.py data/shapes_hard_small --hard --train 8000 --val 500 \
 	    --size 128 128
 	SHAPES_HARD_ROOT=data/shapes_hard_small $(BIN)/python tools/train.py \
 	    configs/pretrain/retinanet_od_r18_shapes-hard.py --work-dir $(ROAD_DIR)/detector --cfg-options \
@@ -111,7 +111,7 @@ cuda: $(READY)
 # Threads that spin while they wait make it several times slower where other programs run.
 demo: export OMP_WAIT_POLICY := passive
 demo: $(READY)
-	$(BIN)/python tools/make_shapes_dataset.py $(DEMO_DATA) --train 1200
+	$(BIN)/python tools/study/make_shapes_dataset.py $(DEMO_DATA) --train 1200
 	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR)
 	$(BIN)/python tools/analysis_tools/plot_curves.py $(DEMO_DIR) --out $(DEMO_DIR)/curves.png
 	$(BIN)/python tools/image_demo.py $(DEMO_DATA)/val $(DEMO_CONFIG) \

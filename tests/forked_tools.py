@@ -62,7 +62,12 @@ class Tools:
 
     def make_images(self, train, val):
         numbers = ['--train', train, '--val', val, '--size', 64, 64]
-        args = ('make_shapes_dataset.py', self.root / 'log', [self.shapes, *numbers], self.shapes)
+        args = (
+            'study/make_shapes_dataset.py',
+            self.root / 'log',
+            [self.shapes, *numbers],
+            self.shapes,
+        )
         assert InChild(run, *args).wait() == 0, self.log()
 
     def start(self, name, *args, options=(), **kwargs):

@@ -124,7 +124,7 @@ def test_the_tools_of_a_wheel_run_anywhere_with_names_in_any_script(lib, tmp_pat
     tools = lib / MIM / 'tools'
     env = dict(ASCII, PYTHONPATH=str(lib))
     made = ['data/shapes', '--train', 4, '--val', 2, '--size', 96, 96]
-    results = [run(tools / 'make_shapes_dataset.py', *made, folder=tmp_path, **env)]
+    results = [run(tools / 'study/make_shapes_dataset.py', *made, folder=tmp_path, **env)]
     for path in tmp_path.glob('data/shapes/annotations/*.json'):
         content = json.loads(path.read_text(encoding='utf-8'))
         content['categories'][0]['name'] = '圆'

@@ -82,8 +82,8 @@ def test_the_road_from_a_classifier_to_a_detector(tmp_path):
     """Each step by the tools of the repository: images, pretraining, testing, detector."""
     small = ['--train', 60, '--val', 30, '--size', 64, 64]
     pictures, scenes = tmp_path / 'pictures', tmp_path / 'scenes'
-    run_tool('make_shapes_dataset.py', pictures, '--classification', *small)
-    run_tool('make_shapes_dataset.py', scenes, '--hard', *small)
+    run_tool('study/make_shapes_dataset.py', pictures, '--classification', *small)
+    run_tool('study/make_shapes_dataset.py', scenes, '--hard', *small)
 
     def loaders(*names):
         return [

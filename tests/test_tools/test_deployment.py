@@ -91,7 +91,7 @@ def shapes(tmp_path_factory):
     root = tmp_path_factory.mktemp('shapes')
     args = [root / 'shapes', '--train', 1, '--val', 4, '--size', SIZE, SIZE]
     subprocess.run(
-        [sys.executable, ROOT / 'tools/make_shapes_dataset.py', *map(str, args)], check=True
+        [sys.executable, ROOT / 'tools/study/make_shapes_dataset.py', *map(str, args)], check=True
     )
     return root / 'shapes'
 

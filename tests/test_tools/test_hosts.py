@@ -126,7 +126,9 @@ def hosts(tmp_path_factory):
                 pytest.skip(f'network namespaces cannot be made here: {made.stderr.strip()}')
         hosts.connect()
         shapes = hosts.root / 'shapes'
-        run_tool('make_shapes_dataset.py', shapes, '--train', 12, '--val', 4, '--size', 64, 64)
+        run_tool(
+            'study/make_shapes_dataset.py', shapes, '--train', 12, '--val', 4, '--size', 64, 64
+        )
         assert hosts.train(hosts.root / 'whole') == [0, 0], hosts.tail()
         yield hosts
     finally:

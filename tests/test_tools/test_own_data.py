@@ -48,7 +48,7 @@ def own(tmp_path_factory):
     """A folder as the page wants it, and the configs with its classes and smaller images."""
     root = tmp_path_factory.mktemp('own_data')
     data = root / 'data/own'
-    run_tool('make_shapes_dataset.py', data, '--train', 8, '--val', 4, '--size', 96, 96)
+    run_tool('study/make_shapes_dataset.py', data, '--train', 8, '--val', 4, '--size', 96, 96)
     for part in ('train', 'val'):
         (data / f'annotations/instances_{part}.json').rename(data / f'annotations/{part}.json')
     shutil.copytree(ROOT / 'configs', root / 'configs')

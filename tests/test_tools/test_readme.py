@@ -102,7 +102,7 @@ def test_the_code_of_the_readme(tmp_path):
 @pytest.mark.slow
 def test_a_detector_of_the_zoo_on_ones_own_data(tmp_path):
     root = tmp_path / 'shapes'
-    run_tool('make_shapes_dataset.py', root, '--train', 8, '--val', 4, '--size', 96, 96)
+    run_tool('study/make_shapes_dataset.py', root, '--train', 8, '--val', 4, '--size', 96, 96)
     section = (ROOT / 'docs/detectors.md').read_text().partition('## MMDetection')[2]
     text = '\n'.join(re.findall(r'```python.*?\n(.*?)```', section, re.DOTALL)[:2])
     for old, new in OWN.items():

@@ -39,7 +39,7 @@ def test_a_trained_detector_is_fine_tuned(tmp_path):
     torch.save({'state_dict': static.state_dict()}, checkpoint)
 
     shapes = tmp_path / 'shapes'
-    run_tool('make_shapes_dataset.py', shapes, '--train', 8, '--val', 4, '--size', 64, 64)
+    run_tool('study/make_shapes_dataset.py', shapes, '--train', 8, '--val', 4, '--size', 64, 64)
     (commands,) = re.findall(r'```shell\n(.*?)```', section, re.DOTALL)
     command = shlex.split(commands.replace('\\\n', '').splitlines()[-1])[2:]
     assert command[:2] == ['fine_tuned.py', '--work-dir']

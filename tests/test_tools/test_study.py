@@ -258,7 +258,12 @@ def test_a_checkpoint_counts_once_it_has_been_evaluated(tool, tmp_path):
 @pytest.fixture
 def images(tmp_path):
     """The environment that names a few small images of the task."""
-    tool = [sys.executable, ROOT / 'tools/make_shapes_dataset.py', tmp_path / 'data', '--hard']
+    tool = [
+        sys.executable,
+        ROOT / 'tools/study/make_shapes_dataset.py',
+        tmp_path / 'data',
+        '--hard',
+    ]
     subprocess.run([*tool, '--train', '8', '--val', '4', '--size', '64', '64'], check=True)
     return {**os.environ, 'SHAPES_HARD_ROOT': str(tmp_path / 'data')}
 

@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
     """Two epochs on 16 shapes images."""
     root = tmp_path_factory.mktemp('tools')
     shapes, work_dir = root / 'shapes', root / 'work'
-    run_tool('make_shapes_dataset.py', shapes, '--train', 16, '--val', 8, '--size', 96, 96)
+    run_tool('study/make_shapes_dataset.py', shapes, '--train', 16, '--val', 8, '--size', 96, 96)
     args = ['--resume', '--work-dir', work_dir, '--cfg-options', *SMALL, 'train_cfg.max_epochs=2']
     run_tool('train.py', CONFIG, *args, shapes=shapes)
     return SimpleNamespace(shapes=shapes, work_dir=work_dir, checkpoint=work_dir / 'epoch_2.pth')

@@ -1,7 +1,7 @@
 """Generated images with one object each, for a classifier: 15 classes of shapes and textures.
 
-Made by ``python tools/make_shapes_dataset.py data/shapes_classification --classification --train
-22000 --val 1000 --size 64 64``, or the set in the folder that the environment variable
+Made by ``python tools/study/make_shapes_dataset.py data/shapes_classification --classification
+--train 22000 --val 1000 --size 64 64``, or the set in the folder that the environment variable
 SHAPES_CLASSIFICATION_ROOT names.
 """
 

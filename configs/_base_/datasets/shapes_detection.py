@@ -1,4 +1,4 @@
-"""Synthetic shapes, made by tools/make_shapes_dataset.py.
+"""Synthetic shapes, made by tools/study/make_shapes_dataset.py.
 
 Root: data/shapes, or the environment variable SHAPES_ROOT.
 """

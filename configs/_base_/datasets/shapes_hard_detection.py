@@ -1,4 +1,4 @@
-"""Hard synthetic shapes at 128×128, made by tools/make_shapes_dataset.py with --hard.
+"""Hard synthetic shapes at 128×128, made by tools/study/make_shapes_dataset.py with --hard.
 
 Root: data/shapes_hard, or the environment variable SHAPES_HARD_ROOT.
 """

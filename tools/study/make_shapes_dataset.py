@@ -18,7 +18,7 @@ and lies in a folder of its class, ``{train,val}/striped_star/000000.jpg``. The 
 The same arguments give the same bytes with the same NumPy and OpenCV, and asking for more images
 never changes the earlier ones. ``OUT/.unfinished.json`` exists only while a set is being made.
 
-Example: python tools/make_shapes_dataset.py data/shapes --train 400 --val 100 --size 256 256
+Example: python tools/study/make_shapes_dataset.py data/shapes --train 400 --val 100 --size 256 256
 """
 
 import argparse
