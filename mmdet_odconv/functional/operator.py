@@ -28,7 +28,7 @@ from .formula import odconv_formula
 from .implementation import Geometry, Gradients, Implementation, Needed, resolve_geometry
 
 # Tensors whose memory can be written directly; others have a say in each operation.
-_ORDINARY = (Tensor, nn.Parameter)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def odconv(
@@ -204,11 +204,11 @@ def needs_plain_operations(x: Tensor, *others: Tensor) -> bool:
     without memory (meta, fake) or of another class (DTensor), complex numbers, an empty batch.
     """
     for tensor in others:
-        if type(tensor) not in _ORDINARY:
+        if type(tensor) not in _PLAIN_TENSORS:
             return True
     return (
         is_compiling()
-        or type(x) not in _ORDINARY
+        or type(x) not in _PLAIN_TENSORS
         or x.shape[0] == 0
         or x.is_meta
         or x.is_complex()

@@ -46,7 +46,7 @@ class DynamicConvNd(nn.Module):
     padding: tuple[int, ...] | str
     weight: nn.Parameter
     bias: nn.Parameter | None
-    # Of the class, so that modules that were pickled without it load; see use_valid_pooling.
+    # Class attribute: older pickles lack it; see use_valid_pooling.
     valid_sizes: ValidSizes | None = None
 
     # Attributes of every nn.ConvNd that mmcv's ConvModule reads.
@@ -336,35 +336,14 @@ class DynamicConvNd(nn.Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        function = getattr(value, 'func', None)
-        if name == 'forward' and getattr(function, '__name__', '').startswith('efficient_conv_bn'):
-            raise RuntimeError(
-                "mmcv's efficient_conv_bn_eval computes with the one weight of a convolution, but "
-                f'an {type(self).__name__} has another kernel for each sample; turn that option '
-                'of the ConvModule off'
-            )
-        own = self.__dict__.get('_parameters', {}).get('weight')
-        if (
-            name == 'weight'
-            and own is not None
-            and isinstance(value, Tensor)
-            and value.dim() == own.dim()  # a shard has fewer
-            and value.shape != own.shape
-        ):
-            raise RuntimeError(
-                self._fused_as_plain(
-                    f'has a weight of shape {tuple(own.shape)} and would get {tuple(value.shape)}'
-                )
-            )
+        # With this, libraries end that fold a norm into a plain convolution's weight.
         if name == 'bias' and value is not None and not self.has_bias:
-            raise RuntimeError(self._fused_as_plain('was built without a bias and would get one'))
+            raise RuntimeError(
+                f'this {type(self).__name__} was built without a bias and would get one: fusing a '
+                'norm into it as into a plain convolution changes what it computes; use '
+                'mmdet_odconv.fuse_odconv_bn'
+            )
         super().__setattr__(name, value)
-
-    def _fused_as_plain(self, what: str) -> str:
-        return (
-            f'this {type(self).__name__} {what}: fusing a norm into it as into a plain convolution '
-            'changes what it computes; use mmdet_odconv.fuse_odconv_bn'
-        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         shape, had_no_memory = self.weight.shape, self.weight.is_meta

@@ -447,11 +447,6 @@ def test_fusing_as_for_a_plain_convolution_is_refused(fuse, kernel_num):
     randomise(model)
     x = image()
     expected = model(x)
-    with torch.no_grad():
-        try:
-            fused = fuse(copy.deepcopy(model[0]), model[1])
-        except RuntimeError:
-            return  # refused at once, as the shapes do not fit
-    with pytest.raises(RuntimeError, match=r'use mmdet_odconv\.fuse_odconv_bn'):
-        fused(x)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        fuse(copy.deepcopy(model[0]), model[1])
     torch.testing.assert_close(fuse_odconv_bn(model)(x), expected, rtol=1e-4, atol=1e-4)

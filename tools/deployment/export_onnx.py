@@ -131,13 +131,13 @@ def main() -> None:
         cli.collapse_static(detector, config, args.collapse_static)
 
     # Under another name until it has passed, so that a bad file is never taken for a good one.
-    unproved = f'{args.out}.unproved'
+    unverified = f'{args.out}.unverified'
     shape = tuple(args.shape)
     try:
         if args.raw:
-            export_dense_network(detector, unproved, shape)
+            export_dense_network(detector, unverified, shape)
         else:
-            export_detector(detector, unproved, shape, args.batch, not args.fixed_shape)
+            export_detector(detector, unverified, shape, args.batch, not args.fixed_shape)
         images = preprocessed(detector, paths) if paths else example_images(args)
         for image in images if args.fixed_shape else ():
             if image.shape[2:] != shape:
@@ -145,12 +145,12 @@ def main() -> None:
                     f'the images have {image.shape[2]} x {image.shape[3]} pixels; '
                     f'give this size by --shape, got {shape[0]} x {shape[1]}'
                 )
-        result = compare(args, detector, unproved, images)
-        os.replace(unproved, args.out)
+        result = compare(args, detector, unverified, images)
+        os.replace(unverified, args.out)
     except (RuntimeError, ValueError) as error:  # PyTorch's own, say of a shape that is too small
         raise SystemExit(str(error)) from error
     finally:
-        Path(unproved).unlink(missing_ok=True)
+        Path(unverified).unlink(missing_ok=True)
     what = f'{len(images)} images' if paths else 'random images'
     print(f'wrote {args.out}; {result}, on {what}')
 
