@@ -41,13 +41,8 @@ def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
 
     The content goes to a hidden file beside it, to the disk, and only then under its name.
 
-    Args:
-        path (str or PathLike): The file; its folder is made if it is missing.
-        content (bytes): All that the file is to hold.
-
     Raises:
-        CheckpointError: The disk is full, or the folder cannot be written to. The old file, if
-            there is one, stays.
+        CheckpointError: The disk is full, or the folder cannot be written to.
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')

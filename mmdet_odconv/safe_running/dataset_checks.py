@@ -1,8 +1,4 @@
-"""What must be true of the data sets of a config before a run starts.
-
-Of most of it mmdet itself says nothing: it leaves objects out, or ends with an error far from the
-cause.
-"""
+"""What must be true of the data sets of a config before a run; mmdet itself often says nothing."""
 
 import json
 import logging
@@ -115,8 +111,7 @@ def _require_files(key: str, dataset: Any) -> None:
     prefix = dataset.get('data_prefix') or {}
     folders = [prefix] if isinstance(prefix, str) else list(prefix.values())
     # An annotation file or folder with a path of its own does not need the root.
-    wanted = [('annotation file', dataset.get('ann_file'))]
-    wanted += [('image folder', folder) for folder in folders]
+    wanted = [('annotation file', dataset.get('ann_file')), *(('image folder', f) for f in folders)]
     if not any(path for _, path in wanted):
         wanted = [('data_root', '.')]
     for what, path in wanted:

@@ -29,12 +29,9 @@ class PreemptionHook(Hook):
     after the same iteration, whichever of them got the signal. A signal during validation takes
     effect after the validation, or at once if the checkpoint of that epoch is saved already.
 
-    The hook needs :class:`SafeCheckpointHook` as the checkpoint hook.
-
     Args:
-        exit_code (int): The exit status. After 99, Grid Engine puts a job back into its queue by
-            itself, and 99 is also the usual entry in LSF's ``REQUEUE_EXIT_VALUES`` and in Slurm's
-            ``RequeueExit``. No error of Python has this status. Default: 99.
+        exit_code (int): The exit status. 99, which no error of Python has, makes Grid Engine start
+            a job again; LSF and Slurm can be told so (docs/reliability.md). Default: 99.
 
     Raises:
         ValueError: ``exit_code`` is not within 1 and 255.

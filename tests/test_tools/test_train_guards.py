@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_its_seed_after_one_reading(tmp_path, monkeypatch):
     )
     config = Config(dict(work_dir=str(tmp_path), train_dataloader={}))
     assert TOOL.checked_runner(config, 'auto') is runner
-    assert readings == [str(path)]
+    assert readings == [path]
     assert (config.resume, config.load_from) == (True, str(path))
     assert config.randomness.seed == 3
     assert torch.equal(runner.model.weight, model.weight)
