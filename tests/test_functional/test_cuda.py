@@ -12,7 +12,7 @@ from torch import nn
 from mmdet_odconv import ODConv2d, ODMobileNetV2
 from mmdet_odconv.functional import Attentions, odconv, record_strategies
 from tests.conftest import ROOT
-from tests.test_functional.test_operator import OPTIONS, given, outputs_and_gradients
+from tests.test_functional.test_operator import CASES, given, outputs_and_gradients
 
 pytestmark = [
     pytest.mark.cuda,
@@ -37,8 +37,7 @@ def moved(inputs, dtype):
 
 
 @pytest.mark.parametrize('name', ['reference', 'grouped_conv', 'auto'])
-@pytest.mark.parametrize('option', OPTIONS)
-@pytest.mark.parametrize('ndim', [1, 2, 3])
+@pytest.mark.parametrize(('option', 'ndim'), [case[:2] for case in CASES])
 @pytest.mark.parametrize('kernel_num', [1, 3])
 def test_equals_the_formula(name, option, ndim, kernel_num):
     inputs, call = given(option, ndim, kernel_num)

@@ -41,6 +41,8 @@ OPTIONS = {
     'one_sample': dict(batch=1),
 }
 
+EVERYWHERE = ['plain', 'point', 'stride', 'groups', 'depthwise', 'same_even']
+
 
 def problem(
     ndim=2, kernel_num=3, kernel=3, out_channels=6, batch=3, groups=1, dtype=DTYPE, channels=None
@@ -75,10 +77,16 @@ def given(option, ndim, kernel_num):
     return problem(ndim, kernel_num, **sizes), call
 
 
+# Each option in two dimensions, some in one and three, and each number of dimensions with both.
+CASES = [
+    (option, ndim, ('one', 'many')[(i + ndim) % 2])
+    for ndim, options in ((2, OPTIONS), (1, EVERYWHERE), (3, EVERYWHERE))
+    for i, option in enumerate(options)
+]
+
+
 @pytest.mark.parametrize('name', [*FAST, 'auto'])
-@pytest.mark.parametrize('option', OPTIONS)
-@pytest.mark.parametrize('ndim', [1, 2, 3])
-@pytest.mark.parametrize('blocks', ['one', 'many'])
+@pytest.mark.parametrize(('option', 'ndim', 'blocks'), CASES)
 def test_equals_the_formula(monkeypatch, name, option, ndim, blocks):
     if blocks == 'many':
         monkeypatch.setattr(cpu_grouped_conv, 'BLOCK_BYTES', 1000)
@@ -134,8 +142,13 @@ def test_takes_any_memory_layout(name, memory):
 
 
 @pytest.mark.parametrize('name', [*FAST, 'auto'])
-@pytest.mark.parametrize('absent', list(itertools.product([True, False], repeat=4)))
-@pytest.mark.parametrize(('kernel', 'size'), [(1, None), (3, None), (3, 1)])
+@pytest.mark.parametrize(
+    ('absent', 'kernel', 'size'),
+    [
+        (absent, *(((1, None), (3, None), (3, 1))[i % 3]))
+        for i, absent in enumerate([*itertools.product([True, False], repeat=4)] * 2)
+    ],
+)
 def test_an_absent_attention_is_1_everywhere(name, absent, kernel, size):
     kernel_num = 1 if absent[3] or name == 'cpu_im2col_single_kernel' else 3
     x, bank, attentions = problem(kernel_num=kernel_num, kernel=kernel, channels=(24, 32))
