@@ -348,7 +348,7 @@ def test_the_tools_answer_in_one_sentence(tmp_path):
             'depth is 18 in the file and 50 in the mod',
         ),
         ('published_to_mmdet', (source, config, source), 'exists; --force overwrites it'),
-        ('mmdet_to_published', (source, tmp_path / 'no/x.pth'), 'does not exist'),
+        ('mmdet_to_published', (source, tmp_path / 'no/x.pth'), 'cannot be written (No such file'),
     ):
         result = run_tool(f'model_converters/{name}.py', *args, ok=False)
         assert message in result.stderr.splitlines()[-1]

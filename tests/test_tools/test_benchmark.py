@@ -102,7 +102,7 @@ def test_no_rounds_are_refused(tool, monkeypatch, capsys):
 
 def test_peers_need_timm(tool, monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
-    monkeypatch.setattr('mmdet_odconv.cli.files.find_spec', lambda name: None)
+    monkeypatch.setattr('mmdet_odconv.cli.find_spec', lambda name: None)
     monkeypatch.setattr(sys, 'argv', ['', '--peers'])
     with pytest.raises(SystemExit, match='not installed: timm; pip install timm'):
         tool.main()
