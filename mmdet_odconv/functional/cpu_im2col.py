@@ -49,6 +49,12 @@ class CpuIm2col(Implementation):
         return None if problem.device == 'cpu' else f'the device is {problem.device}, not a CPU'
 
     @staticmethod
+    def is_fastest(problem: Problem) -> bool:
+        # In inference a 1×1 kernel is not scaled: c and f scale the maps.
+        large = problem.kernel_bytes >= 4 << 20 and (problem.training or not problem.pointwise)
+        return large and problem.positions <= 64 and not problem.depthwise
+
+    @staticmethod
     def forward(
         x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:

@@ -31,6 +31,14 @@ class CpuIm2colSingleKernel(Implementation):
         return None
 
     @staticmethod
+    def is_fastest(problem: Problem) -> bool:
+        # To make the patches takes as long as to scale kernels of so many rows for each sample.
+        if problem.depthwise or problem.rows < 2 * problem.positions:
+            return False
+        # In inference a 1×1 kernel is not scaled: c and f scale the maps.
+        return problem.training or not problem.pointwise or problem.kernel_bytes > 4 << 20
+
+    @staticmethod
     def forward(
         x: Tensor, bank: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:

@@ -1,10 +1,10 @@
 """The one place that picks an implementation for a call of the operator.
 
-The measurements behind the table of priorities are in docs/performance.md.
+Each says itself when it is the fastest; docs/performance.md has the measurements.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,20 +18,14 @@ from .cpu_im2col_single_kernel import CpuIm2colSingleKernel
 from .grouped_conv import GroupedConv
 from .implementation import Geometry, Implementation, Problem
 
-# The first that supports a problem and is the fastest for it, as far as the rule beside it knows.
-PRIORITY: tuple[tuple[type[Implementation], Callable[[Problem], bool]], ...] = (
-    (
-        CpuIm2colSingleKernel,
-        lambda p: not p.depthwise and p.positions <= (64 if p.training else 256),
-    ),
-    (
-        CpuIm2col,
-        lambda p: not p.depthwise and p.positions <= 64 and p.kernel_bytes >= 4 << 20,
-    ),
-    (CpuGroupedConv, lambda p: True),
-    (GroupedConv, lambda p: True),
+# The first that supports a problem, and says that it is the fastest for it, is picked.
+PRIORITY: tuple[type[Implementation], ...] = (
+    CpuIm2colSingleKernel,
+    CpuIm2col,
+    CpuGroupedConv,
+    GroupedConv,
 )
-IMPLEMENTATIONS = {implementation.name: implementation for implementation, _ in PRIORITY}
+IMPLEMENTATIONS = {implementation.name: implementation for implementation in PRIORITY}
 # 'reference' is the formula itself.
 STRATEGIES = ('reference', *IMPLEMENTATIONS)
 
@@ -93,7 +87,7 @@ def check_strategy(strategy: str, kernel_num: int) -> None:
         raise ArgumentError(f"strategy must be 'auto' or one of {STRATEGIES}, got {strategy!r}")
     if strategy == CpuIm2colSingleKernel.name:
         # On whatever device the layer will be used.
-        problem = Problem('cpu', False, kernel_num, False, 1, 1)
+        problem = Problem('cpu', False, kernel_num, False, False, 1, 1, 1)
         _require_support(CpuIm2colSingleKernel, problem)
 
 
@@ -130,8 +124,9 @@ def pick(
     if strategy == 'auto':
         return next(
             implementation
-            for implementation, is_fastest in PRIORITY
-            if implementation.unsupported_reason(problem) is None and is_fastest(problem)
+            for implementation in PRIORITY
+            if implementation.unsupported_reason(problem) is None
+            and implementation.is_fastest(problem)
         )
     _require_support(IMPLEMENTATIONS[strategy], problem)
     return IMPLEMENTATIONS[strategy]
@@ -157,6 +152,8 @@ def _problem(
         training=training,
         kernel_num=kernel_num,
         depthwise=kernel_shape[1] == 1,
+        pointwise=math.prod(kernel_shape[2:]) == 1,
+        rows=kernel_shape[0] // geometry.groups,
         positions=math.prod(geometry.output_size(x_shape[2:], bank_shape[3:])),
         kernel_bytes=x_shape[0] * math.prod(kernel_shape) * element_size,
     )

@@ -102,6 +102,8 @@ class Problem(NamedTuple):
         training (bool): Whether a backward pass will follow.
         kernel_num (int): K.
         depthwise (bool): Whether each group reads a single channel.
+        pointwise (bool): Whether the kernel has a single position.
+        rows (int): Output channels of a group.
         positions (int): Output positions of a sample.
         kernel_bytes (int): Size of the kernels of all samples.
     """
@@ -110,6 +112,8 @@ class Problem(NamedTuple):
     training: bool
     kernel_num: int
     depthwise: bool
+    pointwise: bool
+    rows: int
     positions: int
     kernel_bytes: int
 
@@ -155,6 +159,11 @@ class Implementation(ABC):
     @abstractmethod
     def unsupported_reason(problem: Problem) -> str | None:
         """Why this implementation cannot solve ``problem``, or None where it can."""
+
+    @staticmethod
+    def is_fastest(problem: Problem) -> bool:
+        """Whether it beats those that come after it in the order of priority."""
+        return True
 
     @staticmethod
     @abstractmethod
