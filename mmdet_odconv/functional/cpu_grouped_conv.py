@@ -39,8 +39,10 @@ from .implementation import (
 BLOCK_BYTES = 24 << 20
 # Entries of a kernel up to which there is nothing to win by a choice.
 LEAST_LATE = 1 << 14
-# Output positions up to which the kernels' gradient is a product with the patches.
+# The gradient of the samples' kernels is a product with the patches up to so many output positions
+# and from so much memory of all kernels on.
 MOST_PATCHES = 512
+LEAST_PATCHED_BYTES = 8 << 20
 
 
 class CpuGroupedConv(Implementation):
@@ -228,7 +230,7 @@ def _convolve_backward(
     kernels_needed = needed.kernels
     single = samples < x.shape[0]  # one kernel for all samples
     by_product = not single and groups == 1 and geometry.is_pointwise(kernel_size)
-    by_patches = not single and groups == 1 and grad.shape[2:].numel() <= MOST_PATCHES
+    by_patches = not single and fastest_by_patches(grad, kernels, groups)
     if kernels_needed and (by_product or by_patches):
         patches = x if by_product else extract_patches(x, kernel_size, geometry)
         columns = patches.reshape(samples, kernels[0, 0, 0].numel(), -1)
@@ -250,3 +252,9 @@ def _convolve_backward(
         grad_x = conv_x if single or conv_x is None else conv_x.view(x_shape)
         grad_kernels = conv_kernels if kernels_needed else grad_kernels
     return grad_x, grad_kernels
+
+
+def fastest_by_patches(grad: Tensor, kernels: Tensor, groups: int) -> bool:
+    """Whether the gradient of each sample's kernels is a product with its patches."""
+    large = kernels.nbytes >= LEAST_PATCHED_BYTES
+    return large and groups == 1 and grad.shape[2:].numel() <= MOST_PATCHES

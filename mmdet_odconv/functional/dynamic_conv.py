@@ -4,7 +4,6 @@ It is for dynamic convolutions without a tuned path like ODConv's: what makes th
 differentiable function, and only what that function reads is kept for the backward pass.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..compat import without_autocast
 from .attention import cast
-from .cpu_grouped_conv import MOST_PATCHES
+from .cpu_grouped_conv import fastest_by_patches
 from .cpu_im2col import extract_patches
 from .formula import convolve_each_sample
 from .implementation import Geometry, convolution_backward, resolve_geometry
@@ -211,7 +210,9 @@ def _convolution_backward(
     shared = len(kernels) < len(x)
     grad_x = grad_kernels = None
     product = _is_product(kernels, geometry)
-    if kernels_needed and not shared and (product or _by_patches(grad, geometry)):
+    on_cpu = grad.device.type == 'cpu'
+    by_patches = on_cpu and fastest_by_patches(grad, kernels, geometry.groups)
+    if kernels_needed and not shared and (product or by_patches):
         patches = x if product else extract_patches(x, kernels.shape[3:], geometry)
         columns = patches.reshape(len(x), kernels[0, 0].numel(), -1)
         grad_kernels = torch.bmm(grad.flatten(2), columns.mT).view(kernels.shape)
@@ -231,9 +232,3 @@ def _convolution_backward(
         grad_kernels = by_groups.view(kernels.shape) if by_groups is not None else grad_kernels
         grad_x = grad_x.view(x.shape) if grad_x is not None else None
     return grad_x, grad_kernels
-
-
-def _by_patches(grad: Tensor, geometry: Geometry) -> bool:
-    """Whether a product with the patches is the fastest way to the gradient of the kernels."""
-    few = math.prod(grad.shape[2:]) <= MOST_PATCHES
-    return grad.device.type == 'cpu' and geometry.groups == 1 and few

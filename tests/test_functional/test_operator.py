@@ -90,6 +90,7 @@ CASES = [
 def test_equals_the_formula(monkeypatch, name, option, ndim, blocks):
     if blocks == 'many':
         monkeypatch.setattr(cpu_grouped_conv, 'BLOCK_BYTES', 1000)
+        monkeypatch.setattr(cpu_grouped_conv, 'LEAST_PATCHED_BYTES', 0)
         monkeypatch.setattr(cpu_im2col, 'BLOCK_BYTES', 1000)
         monkeypatch.setattr(cpu_im2col, 'SINGLE_SAMPLE_BLOCK_BYTES', 1000)
     for kernel_num in (1,) if name == 'cpu_im2col_single_kernel' else (1, 3):
