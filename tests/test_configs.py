@@ -1,3 +1,5 @@
+import copy
+import functools
 import math
 import re
 
@@ -20,6 +22,9 @@ DETECTORS = sorted((ROOT / 'configs/odconv').glob('*_[of]d_*.py'))
 VARIANTS = ('_k1', '_k2', '_scratch', 'mask-rcnn_od_r18', 'mask-rcnn_od_mobilenetv2')
 
 
+read = functools.cache(Config.fromfile)
+
+
 @pytest.fixture(autouse=True)
 def _scope():
     register_all_modules()
@@ -38,7 +43,7 @@ def _scope():
     ],
 )
 def test_a_config_builds_a_detector_that_trains_and_predicts(path):
-    config = Config.fromfile(path)
+    config = copy.deepcopy(read(path))
     if 'num_queries' in config.model:
         config.model.num_queries = 20  # there are no more positions to choose from in 64 pixels
     model = revert_sync_batchnorm(MODELS.build(config.model))  # SyncBN trains on GPUs only
@@ -117,7 +122,7 @@ COCO = [p for p in DETECTORS if not p.stem.endswith(SMALL)]
 
 @pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
 def test_a_coco_config_starts_from_the_weights_of_mmdets(path):
-    backbone = Config.fromfile(path).model.backbone
+    backbone = read(path).model.backbone
     if path.stem.endswith('scratch'):
         assert backbone.init_cfg is None
         assert backbone.frozen_stages == -1
@@ -179,24 +184,20 @@ def test_a_classifier_of_configs_pretrain_starts_a_detector(tmp_path):
 @pytest.mark.parametrize('path', COCO, ids=lambda p: p.stem)
 def test_the_base_batch_size_is_that_of_the_name(path):
     """mmdet's ``8xb2`` and so on; --auto-scale-lr scales the rate from there."""
-    config = Config.fromfile(path)
+    config = read(path)
     images = {'rtmdet': 256, 'yolox': 64}.get(path.stem.split('_')[0], 16)
     assert config.auto_scale_lr.base_batch_size == images
     assert config.train_dataloader.batch_size * 8 == images
 
 
 @pytest.mark.parametrize('path', DETECTORS, ids=lambda p: p.stem)
-def test_a_config_names_classes_for_all_its_outputs(path):
-    config = Config.fromfile(path)
+def test_a_config_names_classes_for_all_its_outputs_and_keeps_the_best_checkpoint(path):
+    config = read(path)
     heads = config.model.get('bbox_head') or config.model.roi_head.bbox_head
     classes = config.train_dataloader.dataset.get('metainfo', {}).get('classes', range(80))
     for head in heads if isinstance(heads, list) else [heads]:
         assert head.num_classes == len(classes)
-
-
-@pytest.mark.parametrize('path', DETECTORS, ids=lambda p: p.stem)
-def test_few_checkpoints_are_kept_and_the_best_among_them(path):
-    checkpoint = Config.fromfile(path).default_hooks.checkpoint
+    checkpoint = config.default_hooks.checkpoint
     assert 1 < checkpoint.max_keep_ckpts <= 3
     assert checkpoint.save_best == 'auto'
 

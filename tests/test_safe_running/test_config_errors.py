@@ -1,3 +1,6 @@
+import copy
+import functools
+
 import pytest
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -10,6 +13,7 @@ from mmdet_odconv import cli
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / 'configs/odconv/retinanet_od_r18_shapes.py')
+whole = functools.cache(lambda: cli.load_config(CONFIG))
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def _runner_is_its_model(monkeypatch):
     ],
 )
 def test_a_wrong_argument_of_a_backbone_ends_in_one_sentence(tmp_path, option, value, message):
-    config = cli.load_config(CONFIG)
+    config = copy.deepcopy(whole())
     config.model.backbone[option] = value
     config.work_dir = str(tmp_path)
     with pytest.raises(SystemExit, match=f'^OD(Attention|Conv2d): {message}'):
@@ -47,14 +51,14 @@ def test_a_wrong_argument_of_a_backbone_ends_in_one_sentence(tmp_path, option, v
     ],
 )
 def test_a_wrong_name_in_a_config_ends_in_one_sentence(tmp_path, changes, message):
-    config = cli.load_config(CONFIG)
+    config = copy.deepcopy(whole())
     config.merge_from_dict(dict(model=changes, work_dir=str(tmp_path)))
     with pytest.raises(SystemExit, match=rf'retinanet_od_r18_shapes\.py: {message}'):
         cli.build_runner(config)
 
 
 def test_an_unknown_scheduler_is_named():
-    config = cli.load_config(CONFIG)
+    config = copy.deepcopy(whole())
     with (
         pytest.raises(SystemExit, match=r'LinerLR is not in the .*parameter scheduler registry'),
         cli.config_errors_as_exit(config),
@@ -75,13 +79,13 @@ def test_an_unknown_scheduler_is_named():
     ],
 )
 def test_a_refused_argument_names_its_owner(registry, built, message):
-    config = cli.load_config(CONFIG)
+    config = copy.deepcopy(whole())
     with pytest.raises(SystemExit, match=f'^{message}'), cli.config_errors_as_exit(config):
         registry.build(built)
 
 
 def test_an_unknown_norm_of_the_attention_is_named():
-    config = cli.load_config(CONFIG)
+    config = copy.deepcopy(whole())
     config.model.backbone.odconv_cfg = dict(norm_cfg=dict(type='Ln'))
     message = r"there is no layer 'Ln'"
     with pytest.raises(SystemExit, match=message), cli.config_errors_as_exit(config):
@@ -100,7 +104,7 @@ def test_an_unknown_optimizer_is_named():
 
 @pytest.mark.parametrize('error', [KeyError('x'), TypeError('f() takes no arguments')])
 def test_other_errors_keep_their_traceback(error):
-    with pytest.raises(type(error)), cli.config_errors_as_exit(cli.load_config(CONFIG)):
+    with pytest.raises(type(error)), cli.config_errors_as_exit(copy.deepcopy(whole())):
         raise error
 
 

@@ -5,14 +5,15 @@ import os
 import pickle
 import re
 import runpy
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.tiny_training import InChild
 
 CONFIG = 'configs/odconv/retinanet_od_r18_shapes.py'
 SMALL = [
@@ -33,17 +34,29 @@ SMALL = [
 
 
 def run_tool(name, *args, shapes=None, ok=True, folder=ROOT, **env):
+    """A tool in a process forked from this one, which need not import MMDetection again.
+
+    Returns:
+        SimpleNamespace: With the texts ``stdout`` and ``stderr``.
+    """
     if shapes:
         env['SHAPES_ROOT'] = str(shapes)
-    result = subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / name), *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **env},
-    )
-    assert (result.returncode == 0) == ok, result.stdout[-3000:] + result.stderr[-3000:]
+    with tempfile.TemporaryDirectory() as logs:
+        paths = [Path(logs, name) for name in ('stdout', 'stderr')]
+        exit_code = InChild(_run, name, args, folder, env, *paths).wait()
+        result = SimpleNamespace(**{path.name: path.read_text() for path in paths})
+    assert (exit_code == 0) == ok, result.stdout[-3000:] + result.stderr[-3000:]
     return result
+
+
+def _run(name, args, folder, env, *paths):
+    sys.stdout, sys.stderr = (path.open('w', buffering=1) for path in paths)
+    for number, file in ((1, sys.stdout), (2, sys.stderr)):
+        os.dup2(file.fileno(), number)
+    os.chdir(folder)
+    os.environ.update(env)
+    sys.argv = [name, *map(str, args)]
+    runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
 
 
 def records(work_dir):
