@@ -18,8 +18,10 @@ from tests.predictions import predict
 
 # Without the plain twins of some of them.
 DETECTORS = sorted((ROOT / 'configs/odconv').glob('*_[of]d_*.py'))
-# What differs from another config in its depth or number of kernels alone is left to `make slow`.
-VARIANTS = ('_k1', '_k2', '_scratch', 'mask-rcnn_od_r18', 'mask-rcnn_od_mobilenetv2')
+# What differs from others in its depth, number of kernels or data alone is left to `make slow`, and
+# so is Faster R-CNN, which is in Mask R-CNN.
+VARIANTS = ('_k1', '_k2', '_scratch', '-rcnn_od_r18', '-rcnn_od_mobilenetv2', 'faster-rcnn_')
+VARIANTS += ('_coco128', '_hituav', '_deeppcb', 'retinanet_od_mobilenetv2_bccd')
 
 
 read = functools.cache(Config.fromfile)
