@@ -11,6 +11,7 @@ them. The figures are medians, and their ratios to the plain network's are what 
     python tools/benchmark.py --layers              # the layers of ResNet-50, one by one
     python tools/benchmark.py --growth              # over K, batch and image side
     python tools/benchmark.py --peers               # CondConv2d beside timm's, layer by layer
+    python tools/benchmark.py --fdconv              # FDConv2d beside ODConv2d, layer by layer
 """
 
 import argparse
@@ -42,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mmdet_odconv import CondConv2d, ODConv2d, ODMobileNetV2, ODResNet, cli
+from mmdet_odconv import CondConv2d, FDConv2d, ODConv2d, ODMobileNetV2, ODResNet, cli
 from mmdet_odconv.functional import Attentions, record_strategies
 
 VARIANTS = ('plain', 'published', 'ours')
@@ -156,6 +157,7 @@ def main() -> None:
         'growth': GROWTH,
         'layers': layer_grid(),
         'peers': peer_grid(),
+        'fdconv': fdconv_grid(),
     }
     results = []
     for case in cases[args.what]:
@@ -188,6 +190,7 @@ def parse_args() -> argparse.Namespace:
         'layers': 'the layers of ResNet-50',
         'growth': 'over K, batch and image side',
         'peers': "CondConv2d beside timm's (pip install timm)",
+        'fdconv': 'FDConv2d and ODConv2d beside plain convolutions',
     }.items():
         what.add_argument(f'--{name}', dest='what', action='store_const', const=name, help=text)
     parser.add_argument('--device', default='cpu', help='device (default: cpu)')
@@ -235,7 +238,7 @@ def row(case: 'Case | LayerCase | PeerCase', args: argparse.Namespace) -> dict[s
     if isinstance(case, PeerCase):
         return peer_row(case, args)
     if isinstance(case, LayerCase):
-        return layer_row(case, args)
+        return fdconv_row(case, args) if args.what == 'fdconv' else layer_row(case, args)
     if case.task == 'peak memory':
         values = {variant: peak_memory(case, variant, args) for variant in variants(args)}
     else:
@@ -323,6 +326,12 @@ def layer_grid() -> list[LayerCase]:
         for width, side in stages
         for layer in ((4 * width, width, 1), (width, width, 3), (width, 4 * width, 1))
     ]
+
+
+def fdconv_grid() -> list[LayerCase]:
+    """Layers of ResNet-50, with two images and FDConv's published K."""
+    layers = ((64, 64, 3, 56), (256, 256, 3, 14), (512, 512, 3, 7), (256, 1024, 1, 14))
+    return [LayerCase('training', *layer, 2, 64) for layer in layers]
 
 
 class PeerCase(NamedTuple):
@@ -414,6 +423,28 @@ def layer_row(case: LayerCase, args: argparse.Namespace) -> dict[str, Any]:
         'K': case.kernel_num,
         'strategy': choices[0].strategy,
         **ratios(medians({name: partial(step, n, x) for name, n in networks.items()}, args)),
+    }
+
+
+def fdconv_row(case: LayerCase, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a training step, and bytes that are kept for the backward pass."""
+    _, c_in, c_out, size, side, batch, kernel_num = case
+    options: dict[str, Any] = dict(padding=size // 2, bias=False)
+    dynamic = options | dict(norm_cfg=dict(type='LN'))
+    networks = {
+        'plain': nn.Conv2d(c_in, c_out, size, **options),
+        'ODConv': ODConv2d(c_in, c_out, size, kernel_num=4, **dynamic),
+        'FDConv': FDConv2d(c_in, c_out, size, kernel_num=kernel_num, **dynamic),
+    }
+    x = torch.randn(batch, c_in, side, side, device=args.device, requires_grad=True)
+    for network in networks.values():
+        network.to(args.device)
+    seconds = medians({name: partial(train, n, x) for name, n in networks.items()}, args)
+    return {
+        'layer': f'{c_in}→{c_out} {size}×{size} at {side}×{side}',
+        'batch': batch,
+        **ratios(seconds),
+        **{f'{name} MB': saved_bytes(n, x) / 1e6 for name, n in networks.items()},
     }
 
 

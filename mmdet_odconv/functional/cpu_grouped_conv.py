@@ -32,7 +32,7 @@ from .implementation import (
     column_scale,
     column_scale_backward,
     convolution_backward,
-    kernel_shapes,
+    remembered_shapes,
 )
 
 # Memory of the kernels that are made at a time.
@@ -124,7 +124,7 @@ def _forward(
         size = geometry.output_size(x.shape[2:], kernel_size)
         if f is not None and math.prod(size) * bank.shape[1] < entries:
             late_f, f = f, None
-    shapes = kernel_shapes(batch, groups, bank.shape)
+    shapes = remembered_shapes(batch, groups, bank.shape)
     kernels = mix(bank, k).view(shapes.kernels)
     writable = k is not None  # without, it is the bank itself
     scale = column_scale(c, s, shapes.channel, shapes.spatial)
@@ -180,7 +180,7 @@ def _backward(
     """The gradients of one block; that of the bank is written into ``grad_bank``."""
     c, f, s, k = attentions
     batch, groups = x.shape[0], geometry.groups
-    shapes = kernel_shapes(batch, groups, bank.shape, every_dimension=True)
+    shapes = remembered_shapes(batch, groups, bank.shape, every_dimension=True)
     mixed = mix(bank, k).view(shapes.kernels)
     scale = column_scale(c, s, shapes.channel, shapes.spatial)
     rows = None if f is None else cast(f.view(shapes.filter), mixed.dtype)

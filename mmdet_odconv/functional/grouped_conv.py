@@ -8,6 +8,7 @@ it never waits for the device.
 import torch
 from torch import Tensor
 
+from ..compat import is_compiling
 from .attention import Attentions, cast
 from .implementation import (
     CONV,
@@ -21,6 +22,7 @@ from .implementation import (
     column_scale_backward,
     convolution_backward,
     kernel_shapes,
+    remembered_shapes,
 )
 
 
@@ -37,7 +39,8 @@ class GroupedConv(Implementation):
     ) -> Tensor:
         c, f, s, k = attentions
         batch, dtype = x.shape[0], x.dtype
-        shapes = kernel_shapes(batch, geometry.groups, bank.shape)
+        find_shapes = kernel_shapes if is_compiling() else remembered_shapes
+        shapes = find_shapes(batch, geometry.groups, bank.shape)
         kernels = _mixture(bank, k, dtype).view(shapes.kernels)
         scale = column_scale(c, s, shapes.channel, shapes.spatial)
         for factor in (scale, None if f is None else f.view(shapes.filter)):
@@ -64,7 +67,7 @@ class GroupedConv(Implementation):
     ) -> Gradients:
         c, f, s, k = attentions
         samples, groups, shape = x.shape[0], geometry.groups, x.shape
-        shapes = kernel_shapes(samples, groups, bank.shape, every_dimension=True)
+        shapes = remembered_shapes(samples, groups, bank.shape, every_dimension=True)
         mixed = _mixture(bank, k, x.dtype).view(shapes.kernels)
         scale = column_scale(c, s, shapes.channel, shapes.spatial)
         rows = None if f is None else f.view(shapes.filter)

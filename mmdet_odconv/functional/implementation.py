@@ -208,7 +208,6 @@ class Shapes(NamedTuple):
     weight: tuple[int, ...]
 
 
-@lru_cache(maxsize=4096)
 def kernel_shapes(
     batch: int, groups: int, bank_shape: torch.Size, every_dimension: bool = False
 ) -> Shapes:
@@ -227,6 +226,10 @@ def kernel_shapes(
         (samples + of_groups + (rows, 1, *ones)),
         (-1, reads, *kernel_size),
     )
+
+
+# For all but torch.compile, which looks into the function.
+remembered_shapes = lru_cache(maxsize=4096)(kernel_shapes)
 
 
 def column_scale(

@@ -25,8 +25,11 @@ from ..compat import (
 from .attention import Attentions, cast
 from .dispatch import RECORDS, check_strategy, pick, record
 from .formula import odconv_formula
+from .grouped_conv import GroupedConv
 from .implementation import Geometry, Gradients, Implementation, Needed, resolve_geometry
 
+# Memory of all samples' kernels up to which a compiled network gets the operations.
+MOST_COMPILED_BYTES = 4 << 20
 # Tensors whose memory can be written directly; others have a say in each operation.
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -109,6 +112,9 @@ def _in_plain_operations(
     check_strategy(strategy, bank.shape[0])
     if _becomes_one_call(strategy):
         training = torch.is_grad_enabled() and _require_gradients(x, bank, attentions, bias)
+        if strategy == 'auto' and not training and _is_left_to_compiler(x, bank):
+            with without_autocast(x.device.type):
+                return laid_out_as(x, GroupedConv.forward(x, bank, attentions, bias, geometry))
         return _compiled_odconv(x, bank, *attentions, bias, *geometry, strategy, training)
     return odconv_formula(x, bank, attentions, bias, geometry)
 
@@ -195,6 +201,19 @@ def _becomes_one_call(strategy: str) -> bool:
         and not torch.compiler.is_exporting()
         and strategy != 'reference'
     )
+
+
+def _is_left_to_compiler(x: Tensor, bank: Tensor) -> bool:
+    """Whether torch.compile does better with the operations than with the operator.
+
+    It fuses them with what comes before and after, and is spared a call from its code to Python.
+    Where the kernels are large, the implementation matters more. In a graph for any number of
+    samples no convolution has as many groups.
+    """
+    batch = x.shape[0]
+    if isinstance(batch, torch.SymInt) or batch == 0:
+        return False
+    return batch * bank.shape[1:].numel() * bank.element_size() <= MOST_COMPILED_BYTES
 
 
 def needs_plain_operations(x: Tensor, *others: Tensor) -> bool:

@@ -26,6 +26,8 @@ OPTIONS = {
     'layer_norm': dict(norm_cfg=dict(type='LN')),
     'no_norm': dict(norm_cfg=None),
 }
+# Two ways to round to bfloat16.
+ROUNDED = dict(rtol=0.05, atol=0.05)
 
 
 def layer(kind=ODConv2d, **options):
@@ -59,6 +61,32 @@ def test_compiles_as_one_graph_with_the_same_gradients(compiler, option, trainin
         results.append([y.detach(), *[p.grad.clone() for p in eager.parameters()]])
     torch.testing.assert_close(*results)
     assert compiler.frame_count == 1
+
+
+@needs_operator
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('option', OPTIONS)
+def test_inference_gives_the_compiler_the_operations(option, batch):
+    """And not one operator that it cannot look into; only large kernels are left to that."""
+    eager = layer(**OPTIONS[option])
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    torch._dynamo.reset()
+    run = torch.compile(eager, fullgraph=True, backend=backend)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(batch, 4, 6, 6).to(memory_format=torch.channels_last)
+        autocast = torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32)
+        with torch.no_grad(), autocast:
+            y, expected = run(x), eager(x)
+        assert y.dtype == dtype
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected, **({} if dtype == torch.float32 else ROUNDED))
+    assert not any('mmdet_odconv' in target for graph in graphs for target in graph)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(('kind', 'ndim'), [(ODConv1d, 1), (ODConv3d, 3)])
