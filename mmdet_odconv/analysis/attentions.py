@@ -262,9 +262,9 @@ def share_by_class(values: Tensor, classes: Sequence[str]) -> float | None:
         classes (Sequence[str]): The class of each image.
 
     Returns:
-        float, optional: 1 if all images of a class have the same attention, about 0 (it may be
-        negative) if the class does not matter. None if it cannot be computed: there is a single
-        class, there are fewer than two images a class on average, or the attention does not vary.
+        float, optional: 1 if all images of a class have the same attention, 0 if the class explains
+        no more than chance does. None if it cannot be computed: there is a single class, there are
+        fewer than two images a class on average, or the attention does not vary.
     """
     number, groups = len(classes), len(set(classes))
     total = (values - values.mean(0)).square().sum()
@@ -274,7 +274,7 @@ def share_by_class(values: Tensor, classes: Sequence[str]) -> float | None:
     for name in set(classes):
         rows = values[torch.tensor([other == name for other in classes])]
         within += (rows - rows.mean(0)).square().sum()
-    return 1 - (within / (number - groups) / (total / (number - 1))).item()
+    return max(0.0, 1 - (within / (number - groups) / (total / (number - 1))).item())
 
 
 def kernel_similarity(layer: DynamicConvNd) -> float | None:

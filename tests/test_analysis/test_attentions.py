@@ -111,7 +111,7 @@ def test_share_of_the_variance_by_class():
     of_class = torch.randn(4, 6).repeat(50, 1)
     noise = torch.randn(200, 6)
     assert share_by_class(of_class, classes) == pytest.approx(1)
-    assert share_by_class(noise, classes) == pytest.approx(0, abs=0.03)
+    assert 0 <= share_by_class(noise, classes) < 0.03
     assert 0.2 < share_by_class(of_class + noise, classes) < 0.8
     assert share_by_class(noise, ['a'] * 200) is None
     assert share_by_class(noise, [str(i) for i in range(200)]) is None

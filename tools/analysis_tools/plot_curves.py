@@ -72,18 +72,19 @@ def read_curves(logs: list[Path], metrics: list[str]) -> tuple[dict[str, Curve],
 
 
 def draw(axes: Axes, curves: dict[str, Curve], **style: str) -> None:
-    """A line for each curve, with a legend."""
+    """A line for each curve, with a legend below, where it hides none of them."""
     for name, curve in curves.items():
         axes.plot(*zip(*sorted(curve.items()), strict=True), label=name, **style)
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if curves:
-        axes.legend()
+        axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=4, frameon=False)
 
 
 def main() -> None:
     args = parse_args()
     losses, scores = read_curves(logs_of_run(args.work_dir), args.metrics)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout='constrained')
     draw(left, losses)
     left.set(title='Training', xlabel='iteration', ylabel='loss')
     left.set_ylim(bottom=0)

@@ -17,6 +17,7 @@ import cv2
 import mmcv
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmdet.apis import inference_detector
 from mmdet.registry import VISUALIZERS
@@ -69,7 +70,8 @@ class Layer:
 
     @property
     def is_dynamic(self) -> bool:
-        return self.statistics.largest_std >= DYNAMIC
+        """Whether it depends on the image; one image cannot tell, and counts as yes."""
+        return len(self.rows) == 1 or self.statistics.largest_std >= DYNAMIC
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('images', help='folder of images')
+    parser.add_argument('images', help='folder of images, or one image')
     parser.add_argument('--out-dir', default='outputs/attention', help='folder for the page')
     parser.add_argument('--device', default='cpu', help='for example cpu or cuda:0')
     parser.add_argument(
@@ -144,7 +146,14 @@ def look(
 
 
 def plot_attention(name: str, values: Tensor, classes: list[str]) -> bytes:
-    """A PNG of one attention: its mean, and how it differs from it in each image, by class."""
+    """A PNG of one attention: its mean, and how it differs from it in each image, by class.
+
+    Of a single image it has the attention alone.
+    """
+    if len(values) == 1:
+        figure = Figure(figsize=(5.4, 2.4), layout='constrained')
+        _bars(figure.subplots(), name, values[0].numpy())
+        return png(figure)
     order = sorted(range(len(classes)), key=classes.__getitem__)
     rows = values.numpy()[order]
     number, mean = rows.shape[1], rows.mean(0)
@@ -158,8 +167,8 @@ def plot_attention(name: str, values: Tensor, classes: list[str]) -> bytes:
     )  # fmt: skip
     top = figure.add_subplot(grid[0, 0])
     below = figure.add_subplot(grid[1, 0])
-    top.bar(range(number), mean, width=1.0 if number > 16 else 0.8, color='#4878a8')
-    top.set(ylim=(0, 1), ylabel='mean', xlim=(-0.5, number - 0.5), xticks=[])
+    _bars(top, name, mean)
+    top.set(ylabel='mean', xlabel='', xticks=[])
     mesh = below.imshow(
         differences, cmap='RdBu_r', vmin=-limit, vmax=limit, aspect='auto', interpolation='nearest'
     )
@@ -175,6 +184,13 @@ def plot_attention(name: str, values: Tensor, classes: list[str]) -> bytes:
     bar = figure.add_subplot(grid[1, 1])
     figure.colorbar(mesh, cax=bar, label='difference from the mean')
     return png(figure)
+
+
+def _bars(axes: Axes, name: str, values: np.ndarray) -> None:
+    number = len(values)
+    axes.bar(range(number), values, width=1.0 if number > 16 else 0.8, color='#4878a8')
+    axes.set(ylim=(0, 1), xlim=(-0.5, number - 0.5), xlabel=ATTENTIONS[name])
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def plot_overview(layers: list[Layer]) -> bytes:
@@ -213,6 +229,11 @@ def png(figure: Figure) -> bytes:
 def summary(layers: list[Layer], pictures: list[Picture], config: str) -> str:
     """The sentence at the top of the page."""
     dynamic = sum(layer.is_dynamic for layer in layers)
+    if len(pictures) == 1:
+        return (
+            f'The attentions of the {len(layers)} ODConv layers of {config} in one image. Whether '
+            'they depend on the image, only several images can tell.'
+        )
     if dynamic == len(layers):
         verdict = f'all {dynamic} are dynamic, because their attentions depend on the image'
     elif dynamic:
@@ -240,7 +261,7 @@ def table_row(i: int, layer: Layer) -> str:
     record = layer.statistics
     cells = [f'<td>{i + 1}</td><th scope="row"><a href="#layer{i}">{escape(record.name)}</a></th>']
     for name in ATTENTIONS:
-        std = record.std.get(name)
+        std = record.std.get(name) if record.samples > 1 else None
         still = ' class="still"' if std is not None and std < DYNAMIC else ''
         cells.append(f'<td{still}>{number(std)}</td>')
     cells += [
@@ -267,15 +288,18 @@ def layer_section(i: int, layer: Layer, pictures: list[Picture], figures: dict[s
     plots = []
     for name, content in figures.items():
         share = share_by_class(layer.values[name], [pictures[j].top_class for j in layer.rows])
+        spread = (
+            f'standard deviation {record.std[name]:.3f}; share by class {number(share, 2)}; '
+            if len(layer.rows) > 1
+            else ''
+        )
         caption = (
-            f'<b>{name.capitalize()} attention</b>: standard deviation {record.std[name]:.3f}; '
-            f'share by class {number(share, 2)}; saturated {record.saturated[name]:.0%}; '
-            f'weight of its head {record.head_weight[name]:.3f}'
+            f'<b>{name.capitalize()} attention</b>: {spread}saturated '
+            f'{record.saturated[name]:.0%}; weight of its head {record.head_weight[name]:.3f}'
         )
         plots.append(
             f'<figure><img src="{data_uri("png", content)}" alt="{name} attention of '
-            f'{escape(record.name)}" width="594" height="528"><figcaption>{caption}</figcaption>'
-            '</figure>'
+            f'{escape(record.name)}"><figcaption>{caption}</figcaption></figure>'
         )
     return (
         f'<section id="layer{i}" class="layer"><h2>{escape(record.name)}</h2>'
@@ -286,7 +310,7 @@ def layer_section(i: int, layer: Layer, pictures: list[Picture], figures: dict[s
 
 def kernel_strips(layer: Layer, pictures: list[Picture]) -> str:
     """For each kernel of the bank the images that use it most."""
-    if 'kernel' not in layer.values:
+    if 'kernel' not in layer.values or len(layer.rows) == 1:
         return ''
     strips = []
     for j, column in enumerate(layer.values['kernel'].T):
@@ -305,7 +329,7 @@ def page(
     sentence: str,
     pictures: list[Picture],
     layers: list[Layer],
-    overview: bytes,
+    overview: bytes | None,
     figures: list[dict[str, bytes]],
 ) -> str:
     """The whole page."""
@@ -320,7 +344,10 @@ def page(
         least=f'{DYNAMIC:g}',
         options=''.join(f'<option value="layer{i}">{n}</option>' for i, n in enumerate(names)),
         rows=''.join(table_row(i, layer) for i, layer in enumerate(layers)),
-        overview=data_uri('png', overview),
+        overview=''
+        if overview is None
+        else f'<h2>All layers</h2><img src="{data_uri("png", overview)}" '
+        'alt="standard deviations by layer">',
         gallery=gallery,
         layers=''.join(
             layer_section(i, layer, pictures, plots)
@@ -360,9 +387,10 @@ thead th { font-weight: 600; vertical-align: bottom; }
 tbody th { text-align: left; font-weight: normal; }
 thead tr:first-child th:nth-child(2) { text-align: left; }
 @media (max-width: 40rem) {
-  table { font-size: .8rem; }
-  th, td { padding: .2rem .3rem; }
-  tbody th { overflow-wrap: anywhere; min-width: 6.5rem; }
+  main { padding: 0 .5rem 4rem; }
+  table { font-size: .7rem; width: 100%; }
+  th, td { padding: .2rem .15rem; }
+  tbody th { overflow-wrap: anywhere; }
 }
 .still { background: #fde8d8; }
 .figures { display: grid; gap: 1rem; }
@@ -385,7 +413,8 @@ thead tr:first-child th:nth-child(2) { text-align: left; }
 <main id="top">
 <h1>$sentence</h1>
 <p>A layer is dynamic if one of its attentions has a standard deviation over the images of at least
-$least. Smaller values are in coloured cells.</p>
+$least. Smaller values are in coloured cells; – stands where a layer lacks the attention, and where
+one image gives no deviation.</p>
 <div class="wide"><table>
 <thead><tr><th rowspan="2">no.</th><th rowspan="2">layer</th>
 <th colspan="4">standard deviation of</th>
@@ -398,11 +427,10 @@ $least. Smaller values are in coloured cells.</p>
 The <b>entropy</b> of the kernel attention is 1 where all kernels count the same and 0 where one is
 taken alone. The <b>similarity</b> of the kernels is the mean cosine between two kernels of the
 bank. The <b>share by class</b> is how much of an attention's variance goes with the class of the
-image's best detection: 1 where it decides, about 0 where it does not matter, and – where there are
+image's best detection: 1 where it decides, 0 where it does not matter, and – where there are
 fewer than two images a class. <b>Saturated</b> is the share of values within 0.01 of 0 or 1.</p>
 </details>
-<h2>All layers</h2>
-<img src="$overview" alt="standard deviations by layer" width="704" height="374">
+$overview
 <h2>Images</h2>
 <div class="gallery">$gallery</div>
 $layers
@@ -430,10 +458,6 @@ for (const image of document.querySelectorAll('img[data-of]')) {
 def main() -> None:
     args = parse_args()
     paths = cli.find_images(args.images)[: args.limit]
-    if len(paths) < 2:
-        raise SystemExit(
-            f'{args.images}: the spread over images needs at least two of them, got {len(paths)}'
-        )
     config = cli.load_config(args.config, args.cfg_options)
     model = cli.load_detector(config, args.checkpoint, args.device, odconv=True)
     cli.require_writable(args.out_dir, 'folder', '--out-dir')
@@ -443,8 +467,9 @@ def main() -> None:
 
     out_dir = Path(args.out_dir)
     (out_dir / 'figures').mkdir(parents=True, exist_ok=True)
-    overview = plot_overview(layers)
-    (out_dir / 'figures/overview.png').write_bytes(overview)
+    overview = plot_overview(layers) if len(paths) > 1 else None
+    if overview is not None:
+        (out_dir / 'figures/overview.png').write_bytes(overview)
     figures = []
     for layer in layers:
         classes = [pictures[i].top_class for i in layer.rows]
