@@ -156,7 +156,7 @@ def plot_attention(name: str, values: Tensor, classes: list[str]) -> bytes:
         return png(figure)
     order = sorted(range(len(classes)), key=classes.__getitem__)
     rows = values.numpy()[order]
-    number, mean = rows.shape[1], rows.mean(0)
+    mean = rows.mean(0)
     differences = rows - mean
     limit = max(np.abs(differences).max(), DYNAMIC)
 

@@ -299,6 +299,15 @@ _LITE0_ARMS: dict[str, Options] = {
         for k in (1, 4)
         for factor in (1, 3, 10, 30)
     },
+    # The depthwise convolutions stay plain: they are half of what ODConv costs in such a network.
+    **{
+        f'od_k{k}_pointwise_attention{factor}': faster(
+            calibrated(converted(k, norm_cfg=CALIBRATED, exclude=['depthwise_conv'])), factor
+        )
+        for k in (1, 4)
+        for factor in (3, 10, 30)
+    },
+    'od_k4_pointwise_ln': converted(4, norm_cfg=LN, exclude=['depthwise_conv']),
     # Sigmoids that start at a half, where they are steepest.
     **{
         f'od_k{k}_calibrated_half_attention{factor}': faster(

@@ -14,8 +14,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -221,10 +222,14 @@ def count(config: Config) -> dict[str, int]:
     }
 
 
-def step_time(config: Config, other: Config, steps: int = 20) -> float:
-    """Processor time of a training step, relative to that of another config.
+def relative_times(config: Config, other: Config, steps: int = 20) -> dict[str, float]:
+    """Processor time of a training step and of a test image, relative to those of another config.
 
-    The steps of the two alternate, so that whatever else runs on the machine slows both alike.
+    The two alternate, so that whatever else runs on the machine slows both alike.
+
+    Returns:
+        dict[str, float]: 'step_time' for a batch, and 'image_time' for the network without the
+        decoding of its boxes.
     """
     configs = (config, other)
     models = [
@@ -235,21 +240,36 @@ def step_time(config: Config, other: Config, steps: int = 20) -> float:
         for model, each in zip(models, configs, strict=True)
     ]
     batch = next(iter(Runner.build_dataloader(config.train_dataloader, seed=0)))
-    seconds: list[list[float]] = [[], []]
-    for _ in range(steps):
-        for model, wrapper, times in zip(models, wrappers, seconds, strict=True):
+    training = [
+        partial(model.train_step, batch, wrapper)
+        for model, wrapper in zip(models, wrappers, strict=True)
+    ]
+    image = torch.zeros(1, 3, *reversed(config.scale))
+    testing = [partial(model, image, mode='tensor') for model in models]
+    ratios = {'step_time': _ratio(training, steps)}
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        return {**ratios, 'image_time': _ratio(testing, steps)}
+
+
+def _ratio(calls: list[Callable[[], Any]], rounds: int) -> float:
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, times in zip(calls, seconds, strict=True):
             start = time.process_time()
-            model.train_step(batch, wrapper)
+            call()
             times.append(time.process_time() - start)
     ours, theirs = map(median, seconds)
     return round(ours / theirs, 3)
 
 
 def costs(config: Config, plain: Config) -> dict[str, float]:
-    """Parameters, multiply-adds, and the time of a step relative to the plain network's."""
+    """Parameters, multiply-adds, and the times relative to the plain network's."""
     torch.set_num_threads(1)
     is_plain = config.model == plain.model
-    return {**count(config), 'step_time': 1.0 if is_plain else step_time(config, plain)}
+    times = dict(step_time=1.0, image_time=1.0) if is_plain else relative_times(config, plain)
+    return {**count(config), **times}
 
 
 def log_of(arm: str, seed: int, logs: Path) -> Path:

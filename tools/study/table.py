@@ -32,6 +32,14 @@ ANSWER = '<!-- table for {}: made by make study -->'
 # same task that it is compared with.
 Row = tuple[str, str, str, str]
 QUESTIONS: dict[str, list[Row]] = {
+    'imagenet': [
+        ('EfficientNet-Lite0', 'hituav_lite0', 'plain', 'plain'),
+        ('Lite0, ODConv K = 1', 'hituav_lite0', 'od_k1_pointwise_attention10', 'plain'),
+        ('Lite0, ODConv K = 4', 'hituav_lite0', 'od_k4_pointwise_attention10', 'plain'),
+        ('Lite0, K = 4, asleep', 'hituav_lite0', 'od_k4_pointwise_ln', 'plain'),
+        ('EfficientNet-Lite1', 'hituav_lite0', 'plain_lite1', 'plain'),
+        ('EfficientNet-Lite2', 'hituav_lite0', 'plain_lite2', 'plain'),
+    ],
     'detectors': [
         (
             'generated images, 8 channels',
@@ -202,8 +210,15 @@ def best_rates(arms: dict[str, list[Log]]) -> str:
 
 
 def answer(rows: list[Row], tasks: dict[str, dict[str, list[Log]]]) -> str:
-    """A Markdown table of what each row gains over its plain network, over the seeds of both."""
+    """A Markdown table of what each row gains over its plain network, over the seeds of both.
+
+    With ImageNet weights it also has what is left of the AP when every image gets the mean
+    attentions, and the times relative to the plain network's.
+    """
+    real = all('image_time' in tasks[task][arm][0] for _, task, arm, _ in rows)
     head = ['', 'runs', 'AP, plain', 'AP', 'gain', 'gain, small objects', 'parameters']
+    if real:
+        head += ['AP, attentions at their means', 'time of a step', 'of a test image']
     lines = [head, ['---'] * len(head)]
     for label, task, arm, plain in rows:
         arms = tasks[task]
@@ -212,16 +227,22 @@ def answer(rows: list[Row], tasks: dict[str, dict[str, list[Log]]]) -> str:
             [log for log in arms[name] if log['seed'] in seeds[0] & seeds[1]]
             for name in (arm, plain)
         )
-        lines.append(
-            [
-                label,
-                str(len(ours)),
-                spread(final(theirs, 'mAP')),
-                spread(final(ours, 'mAP')),
-                *(spread(over(arms, metric, arm, plain)) for metric in ('mAP', 'mAP_s')),
-                f'{ours[0]["parameters"] / theirs[0]["parameters"]:.1f} ×',
+        line = [
+            label,
+            str(len(ours)),
+            spread(final(theirs, 'mAP')),
+            spread(final(ours, 'mAP')),
+            *(spread(over(arms, metric, arm, plain)) for metric in ('mAP', 'mAP_s')),
+            f'{ours[0]["parameters"] / theirs[0]["parameters"]:.1f} ×',
+        ]
+        if real:
+            static = [100 * log['mAP_static'] for log in ours if 'mAP_static' in log]
+            line.append(spread(static) if static else '')
+            line += [
+                f'{statistics.mean(log[name] for log in ours):.2f} ×'
+                for name in ('step_time', 'image_time')
             ]
-        )
+        lines.append(line)
     return ''.join(f'| {" | ".join(row)} |\n' for row in lines)
 
 
@@ -373,6 +394,28 @@ def gains(rows: list[Row], tasks: dict[str, dict[str, list[Log]]], path: Path) -
     plt.close(figure)
 
 
+def ap_against_time(rows: list[Row], tasks: dict[str, dict[str, list[Log]]], path: Path) -> None:
+    """Final AP against the time of a test image, with a line through the plain networks."""
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout='constrained')
+    line: list[tuple[float, float]] = []
+    for label, name, arm, plain in rows:
+        logs = tasks[name][arm]
+        values = final(logs, 'mAP')
+        point = (logs[0]['image_time'], statistics.mean(values))
+        color = 'k' if arm.startswith('plain') else None
+        error = statistics.stdev(values) if len(values) > 1 else None
+        axes.errorbar(*point, yerr=error, fmt='o', color=color, capsize=3)
+        axes.annotate(label, point, (5, 5), textcoords='offset points', fontsize=8)
+        if color:
+            line.append(point)
+    axes.plot(*zip(*sorted(line), strict=True), 'k--', linewidth=1)
+    axes.set(xlabel='time of a test image, plain EfficientNet-Lite0 = 1', ylabel='AP')
+    axes.margins(x=0.2, y=0.15)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def task(data: Path, path: Path, number: int = 10) -> None:
     """The first validation images with their boxes and classes."""
     coco = COCO(data / 'annotations/instances_val.json')
@@ -416,6 +459,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = finished(QUESTIONS['detectors'], tasks)
     if rows:
         gains(rows, tasks, args.out / 'gains.png')
+    if rows := finished(QUESTIONS['imagenet'], tasks):
+        ap_against_time(rows, tasks, args.out / 'ap_time.png')
     if args.data:
         task(args.data, args.out / 'task.jpg')
 
