@@ -398,7 +398,7 @@ def ap_against_time(rows: list[Row], tasks: dict[str, dict[str, list[Log]]], pat
     """Final AP against the time of a test image, with a line through the plain networks."""
     figure, axes = plt.subplots(figsize=(6.5, 4), layout='constrained')
     line: list[tuple[float, float]] = []
-    for label, name, arm, plain in rows:
+    for label, name, arm, _ in rows:
         logs = tasks[name][arm]
         values = final(logs, 'mAP')
         point = (logs[0]['image_time'], statistics.mean(values))
