@@ -85,7 +85,7 @@ def runner(work_dir, epochs=4, resume=False, hooks=(), checkpoint=None, **option
         train_dataloader=dict(loader, sampler=sampler),
         train_cfg=loop,
         optim_wrapper=dict(
-            optimizer=dict(type='SGD', lr=0.01, momentum=0.9),
+            optimizer=dict(type='SGD', lr=options.get('lr', 0.01), momentum=0.9),
             accumulative_counts=options.get('accumulative_counts', 1),
         ),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=15),

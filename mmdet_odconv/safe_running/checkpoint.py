@@ -117,6 +117,11 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(_POSITION)
+        if runner._resume and (others := _other_settings(runner, checkpoint)):
+            runner.logger.warning(
+                f'The resumed training keeps the settings of its optimizer: {", ".join(others)}. '
+                'To train with those of the config, start anew from these weights by load_from.'
+            )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._position is not None:
@@ -289,6 +294,23 @@ class _ResumedBatches:
         """What the onedl line's MMEngine calls for the batches that are done."""
         skip_batches(self.batches, number)
         self.done -= number
+
+
+def _other_settings(runner: Runner, checkpoint: dict[str, Any]) -> list[str]:
+    """What a checkpoint's optimizer was set to and the config's is not, such as 'lr 0.1, not 1'."""
+    ours, theirs = runner.optim_wrapper, checkpoint.get('optimizer') or {}
+    if not isinstance(ours, OptimWrapper) or 'param_groups' not in theirs:
+        return []
+    others: dict[str, str] = {}
+    for ours_of, theirs_of in zip(ours.param_groups, theirs['param_groups'], strict=False):
+        for name, value in ours_of.items():
+            # What a scheduler moves has its start beside it.
+            if name == 'params' or f'initial_{name}' in ours_of or name not in theirs_of:
+                continue
+            if value != theirs_of[name]:
+                setting = f'{name.removeprefix("initial_")} {theirs_of[name]}, not {value}'
+                others.setdefault(name, setting)
+    return list(others.values())
 
 
 def _pending_gradients(runner: Runner) -> dict[str, Tensor]:

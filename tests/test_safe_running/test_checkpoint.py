@@ -122,6 +122,14 @@ def test_checkpoints_go_to_mmengine_and_back(tmp_path, from_mmengine):
     assert torch.load(tmp_path / 'epoch_4.pth')['meta']['iter'] == 4 * BATCHES
 
 
+@pytest.mark.parametrize('lr', [0.01, 0.02])
+def test_another_learning_rate_that_a_resumed_run_ignores_is_named(tmp_path, lr):
+    assert InChild(train, tmp_path, epochs=1).wait() == 0
+    assert InChild(train, tmp_path, epochs=2, resume=True, lr=lr).wait() == 0
+    log = max(tmp_path.glob('*/*.log')).read_text()
+    assert ('keeps the settings of its optimizer: lr 0.01, not 0.02.' in log) == (lr != 0.01)
+
+
 def test_weights_of_another_run_are_a_start_only(undisturbed, tmp_path):
     tiny = runner(tmp_path, epochs=1)
     tiny._load_from = str(undisturbed / 'epoch_3.pth')
