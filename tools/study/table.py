@@ -84,10 +84,6 @@ QUESTIONS: dict[str, list[Row]] = {
         ('MobileNetV2: ODConv, K = 4', 'mobile', 'od_k4', 'plain'),
         ('MobileNetV2 of 19 % more multiply-adds', 'mobile', 'plain_wide_madds', 'plain'),
     ],
-    'classifier': [
-        ('rate 0.001', 'pretrained', 'od_k4_ln', 'plain'),
-        ('rate 0.004', 'pretrained', 'od_k4_ln_rate4', 'plain_rate4'),
-    ],
 }
 LEGEND: dict[str, Any] = dict(loc='outside lower center', ncols=3, frameon=False)
 Log = dict[str, Any]
