@@ -96,7 +96,7 @@ def test_a_small_detector(own, monkeypatch):
     assert arch == 'lite0'
     names = [os.path.basename(command[1]) for command in walk]
     assert names == ['train.py', 'test.py', 'image_demo.py', 'export_onnx.py', 'test.py']
-    work_dir = own.root / 'work_dirs/retinanet_od_efficientnet-lite0_own'
+    work_dir = own.root / 'work_dirs/retinanet_od_efficientnet-lite0_k1_own'
     for command in walk:
         args = [arg.replace('epoch_20', 'epoch_1') for arg in command[2:]]
         run_tool(command[1].removeprefix('tools/'), *args, '--cfg-options', *SMALL, folder=own.root)

@@ -1,4 +1,4 @@
-"""RetinaNet, EfficientNet-Lite0 with ODConv from ImageNet weights, K=4, on your own images.
+"""RetinaNet, EfficientNet-Lite0 with ODConv from ImageNet weights, K=1, on your own images.
 
 docs/own_data.md says how to use it.
 """
@@ -13,10 +13,16 @@ _base_ = [
 model = dict(
     type='ODConvModel',
     detector={{_base_.model.type}},
-    odconv=dict(kernel_num=4, norm_cfg=dict(type='LN'), include='backbone'),
+    odconv=dict(
+        kernel_num=1,
+        norm_cfg=dict(type='CalibratedNorm'),
+        include='backbone',
+        exclude='depthwise_conv',
+    ),
     bbox_head=dict(num_classes=len(_base_.metainfo.classes)),
 )
 optim_wrapper = dict(
     constructor='ODConvOptimWrapperConstructor',
-    paramwise_cfg=dict(bank_lr_mult='compensated'),
+    paramwise_cfg=dict(bank_lr_mult='compensated', attention_lr_mult=10),
 )
+custom_hooks = [dict(type='ODConvCalibrationHook')]
