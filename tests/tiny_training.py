@@ -16,6 +16,7 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from mmengine.utils import ManagerMixin
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -151,6 +152,12 @@ class InChild:
 
     @staticmethod
     def _call(function, args, kwargs):
+        # A new process has none of MMEngine's instances, such as the visualizer of another test.
+        kinds = [ManagerMixin]
+        while kinds:
+            kind = kinds.pop()
+            kind._instance_dict.clear()
+            kinds += kind.__subclasses__()
         with quick():
             function(*args, **kwargs)
 

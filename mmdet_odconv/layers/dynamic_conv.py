@@ -336,11 +336,18 @@ class DynamicConvNd(nn.Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # With this, libraries end that fold a norm into a plain convolution's weight.
-        if name == 'bias' and value is not None and not self.has_bias:
+        # With this, libraries end that fold a norm into a plain convolution's weight and bias.
+        own = self.__dict__.get('_parameters', {}).get('weight')
+        if (name == 'bias' and value is not None and not self.has_bias) or (
+            name == 'weight'
+            and own is not None
+            and isinstance(value, Tensor)
+            and value.dim() == own.dim()  # a shard has fewer
+            and value.shape != own.shape
+        ):
             raise RuntimeError(
-                f'this {type(self).__name__} was built without a bias and would get one: fusing a '
-                'norm into it as into a plain convolution changes what it computes; use '
+                f'the {name} of this {type(self).__name__} would get another shape: fusing a norm '
+                'into it as into a plain convolution changes what it computes; use '
                 'mmdet_odconv.fuse_odconv_bn'
             )
         super().__setattr__(name, value)
