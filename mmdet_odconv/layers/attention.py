@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
@@ -144,7 +143,6 @@ class ODAttention(nn.Module):
         if squeeze and norm_cfg is not None:
             # Not `.to`, which cannot move a layer under FakeTensorMode.
             place = {k: v for k, v in dict(device=device, dtype=dtype).items() if v is not None}
-            _require_known_norm(norm_cfg.get('type'))
             self.bn = build_norm_layer({**norm_cfg, **place}, width)[1]
         for name in Attentions._fields:
             head = softmax_head if name == 'kernel' else sigmoid_head
@@ -295,16 +293,6 @@ class ODAttention(nn.Module):
             t = torch.tensor(self.initial_temperature, dtype=torch.float32, device='cpu')
         state_dict.setdefault(f'{prefix}temperature', t)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _require_known_norm(kind: Any) -> None:
-    """Name what mmcv calls None."""
-    with MODELS.switch_scope_and_registry(None) as registry:
-        if isinstance(kind, str) and registry.get(kind) is None:
-            raise ArgumentError(
-                f'norm_cfg has the type {kind!r}, which is not registered; use BN, SyncBN, LN, GN '
-                'or CalibratedNorm'
-            )
 
 
 class PreparedAttention(nn.Module):

@@ -34,11 +34,6 @@ def test_attentions_that_are_identically_one_are_absent():
     assert ODAttention(8, 16, (3, 3), kernel_num=1)(x).kernel is None
 
 
-def test_a_misspelt_norm_is_named():
-    with pytest.raises(ValueError, match=r"'Ln', which is not registered; use .* LN"):
-        ODAttention(8, 8, (3, 3), norm_cfg=dict(type='Ln'))
-
-
 def test_set_temperature_reaches_every_layer():
     model = two_layers()
     assert set_temperature(nn.ModuleDict({'wrapped': model}), 12.0) == 2
