@@ -1,16 +1,13 @@
 """The tools in processes forked from the tests', so that none has to import MMDetection again."""
 
-import os
 import resource
-import runpy
-import sys
 from functools import partial
 
 import torch
 from mmdet.utils import register_all_modules
 
 from tests.conftest import ROOT
-from tests.test_tools.test_train_and_test import CONFIG, SMALL
+from tests.test_tools.test_train_and_test import CONFIG, SMALL, run_in_this_process
 from tests.tiny_training import InChild
 
 OPTIONS = [*SMALL, 'train_dataloader.batch_size=2']
@@ -23,17 +20,11 @@ def run(name, log, args, shapes, file_size=None, trusting=False):
     With ``trusting``, ``torch.load`` runs what a file asks for unless it is told not to, as it
     does before torch 2.6.
     """
-    sys.stdout = sys.stderr = file = log.open('w', buffering=1)
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
-    os.chdir(ROOT)
-    os.environ['SHAPES_ROOT'] = str(shapes)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if trusting:
         torch.load = partial(torch.load, weights_only=False)
-    sys.argv = [name, *map(str, args)]
-    runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+    run_in_this_process(name, args, ROOT, dict(SHAPES_ROOT=str(shapes)), log)
 
 
 class Tools:

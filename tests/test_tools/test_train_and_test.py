@@ -43,14 +43,16 @@ def run_tool(name, *args, shapes=None, ok=True, folder=ROOT, **env):
         env['SHAPES_ROOT'] = str(shapes)
     with tempfile.TemporaryDirectory() as logs:
         paths = [Path(logs, name) for name in ('stdout', 'stderr')]
-        exit_code = InChild(_run, name, args, folder, env, *paths).wait()
+        exit_code = InChild(run_in_this_process, name, args, folder, env, *paths).wait()
         result = SimpleNamespace(**{path.name: path.read_text() for path in paths})
     assert (exit_code == 0) == ok, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
 
-def _run(name, args, folder, env, *paths):
-    sys.stdout, sys.stderr = (path.open('w', buffering=1) for path in paths)
+def run_in_this_process(name, args, folder, env, stdout, stderr=None):
+    """A tool, as its own process would be; its output goes to one file, or to two."""
+    sys.stdout = stdout.open('w', buffering=1)
+    sys.stderr = sys.stdout if stderr is None else stderr.open('w', buffering=1)
     for number, file in ((1, sys.stdout), (2, sys.stderr)):
         os.dup2(file.fileno(), number)
     os.chdir(folder)
