@@ -262,6 +262,11 @@ def faster(options: Options, factor: float) -> Options:
     return {**options, 'optim_wrapper.paramwise_cfg': rates}
 
 
+def awake(kernel_num: int, factor: float, **odconv: Any) -> Options:
+    """Converted, with a CalibratedNorm and attentions that learn so many times faster."""
+    return faster(calibrated(converted(kernel_num, norm_cfg=CALIBRATED, **odconv)), factor)
+
+
 def under_sgd(options: Options) -> Options:
     """With the optimizer of MMDetection's COCO configs, at their rate for 8 images."""
     sgd = dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0001)
@@ -299,39 +304,30 @@ _LITE0_ARMS: dict[str, Options] = {
         for factor in (10, 30)
     },
     **{
-        f'od_k{k}_calibrated_attention{factor}': faster(
-            calibrated(converted(k, norm_cfg=CALIBRATED)), factor
-        )
+        f'od_k{k}_calibrated_attention{factor}': awake(k, factor)
         for k in (1, 4)
         for factor in (1, 3, 10, 30)
     },
     # The depthwise convolutions stay plain: they are half of what ODConv costs in such a network.
     **{
-        f'od_k{k}_pointwise_attention{factor}': faster(
-            calibrated(converted(k, norm_cfg=CALIBRATED, exclude=['depthwise_conv'])), factor
-        )
+        f'od_k{k}_pointwise_attention{factor}': awake(k, factor, exclude=['depthwise_conv'])
         for k in (1, 4)
         for factor in (3, 10, 30)
     },
     # The mean kernel moves as fast as a plain one; with 'compensated' it is 1.41 times as fast.
     'od_k4_pointwise_equal_attention10': bank_rate(
-        faster(calibrated(converted(4, norm_cfg=CALIBRATED, exclude=['depthwise_conv'])), 10),
-        1 / 0.9**2,
+        awake(4, 10, exclude=['depthwise_conv']), 1 / 0.9**2
     ),
     'od_k4_pointwise_ln': converted(4, norm_cfg=LN, exclude=['depthwise_conv']),
     # Sigmoids that start at a half, where they are steepest.
     **{
-        f'od_k{k}_calibrated_half_attention{factor}': faster(
-            calibrated(converted(k, norm_cfg=CALIBRATED, attention_bias=0.0)), factor
-        )
+        f'od_k{k}_calibrated_half_attention{factor}': awake(k, factor, attention_bias=0.0)
         for k in (1, 4)
         for factor in (3, 10, 30)
     },
     'sgd_od_k4_ln_attention0.1': under_sgd(faster(converted(4, norm_cfg=LN), 0.1)),
     **{
-        f'sgd_od_k4_calibrated_attention{factor}': under_sgd(
-            faster(calibrated(converted(4, norm_cfg=CALIBRATED)), factor)
-        )
+        f'sgd_od_k4_calibrated_attention{factor}': under_sgd(awake(4, factor))
         for factor in (1, 10, 100)
     },
     'condconv_k4': converted(4, 'CondConv2d'),
