@@ -175,6 +175,25 @@ def warn_of_rates(runner: Runner, config: Config) -> None:
         )
 
 
+def warn_of_schedule(runner: Runner, config: Config) -> None:
+    """Say so if the schedule of the learning rate ends before the training does, or after it."""
+    loop, schedulers = config.get('train_cfg') or {}, config.get('param_scheduler') or []
+    schedulers = [schedulers] if isinstance(schedulers, dict) else schedulers
+    unit = 'epoch' if 'max_epochs' in loop else 'iter'
+    length = loop.get(f'max_{unit}s')
+    ends = [
+        scheduler['end']
+        for scheduler in schedulers
+        if scheduler.get('end') and scheduler.get('by_epoch', True) == (unit == 'epoch')
+    ]
+    if ends and length and max(ends) != length:
+        runner.logger.warning(
+            f'The learning rate has a schedule of {max(ends)} {unit}s (param_scheduler), and the '
+            f'training has {length} (train_cfg.max_{unit}s): set end, and T_max or milestones, of '
+            'param_scheduler to fit.'
+        )
+
+
 def _is_sgd(optimizer: dict[str, Any]) -> bool:
     return optimizer.get('type') in ('SGD', torch.optim.SGD)
 
@@ -208,6 +227,7 @@ def checked_runner(config: Config, start: str | None) -> Runner:
         )
     warn_of_batch_size(runner, config)
     warn_of_rates(runner, config)
+    warn_of_schedule(runner, config)
     watch_attentions(runner)
     if checkpoint is not None:
         require_weights(unwrapped(runner.model), checkpoint)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +171,32 @@ def test_attentions_at_the_full_rate_of_sgd_are_warned_of(
     wrapper = dict(optimizer=dict(type=optimizer), paramwise_cfg=paramwise)
     TOOL.warn_of_rates(runner, Config(dict(optim_wrapper=wrapper)))
     assert bool(caplog.messages) == warned
+
+
+WARM_UP = dict(type='LinearLR', by_epoch=False, end=500)
+COSINE = dict(type='CosineAnnealingLR', T_max=20, end=20)
+
+
+@pytest.mark.parametrize(
+    ('schedulers', 'loop', 'warned'),
+    [
+        ([WARM_UP, COSINE], dict(max_epochs=60), 'a schedule of 20 epochs .*training has 60'),
+        ([WARM_UP, COSINE], dict(max_epochs=1), 'a schedule of 20 epochs .*training has 1 '),
+        ([WARM_UP, COSINE], dict(max_epochs=20), None),
+        ([WARM_UP], dict(max_epochs=20), None),
+        (COSINE, dict(max_epochs=12), 'a schedule of 20 epochs'),
+        ([WARM_UP, dict(COSINE, by_epoch=False)], dict(max_iters=900), 'a schedule of 500 iters'),
+        (None, dict(max_epochs=20), None),
+        ([dict(type='MultiStepLR', milestones=[8, 11])], dict(max_epochs=12), None),
+    ],
+)
+def test_a_schedule_of_another_length_than_the_training_is_warned_of(
+    caplog, schedulers, loop, warned
+):
+    runner = SimpleNamespace(logger=logging.getLogger('schedule'))
+    TOOL.warn_of_schedule(runner, Config(dict(param_scheduler=schedulers, train_cfg=loop)))
+    assert bool(caplog.messages) == bool(warned)
+    assert warned is None or re.search(warned, caplog.text)
 
 
 def test_weights_without_the_state_of_a_training_are_not_resumed_from(tmp_path):

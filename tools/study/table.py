@@ -403,7 +403,14 @@ def gain_against_time(rows: list[Row], tasks: dict[str, dict[str, list[Log]]], p
         color = 'k' if arm.startswith('plain') else None
         (mark,) = axes.plot(*point, 'o', color=color, markersize=8)
         axes.plot([point[0]] * len(found), found, '_', color=mark.get_color(), markersize=10)
-        axes.annotate(label, point, (8, -3), textcoords='offset points', fontsize=9)
+        axes.annotate(
+            label,
+            point,
+            (10, -3),
+            textcoords='offset points',
+            fontsize=9,
+            bbox=dict(facecolor='w', alpha=0.8, pad=0.5, lw=0),
+        )
         if color:
             line.append(point)
     axes.plot(*zip(*sorted(line), strict=True), 'k--', linewidth=1)
