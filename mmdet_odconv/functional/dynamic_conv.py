@@ -4,6 +4,7 @@ It is for dynamic convolutions without a tuned path like ODConv's: what makes th
 differentiable function, and only what that function reads is kept for the backward pass.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,9 +21,42 @@ from .implementation import Geometry, convolution_backward, resolve_geometry
 from .operator import convolution_dtype, is_batched, laid_out_as, needs_plain_operations
 
 
+class FactoredKernels(ABC):
+    """Kernels that can convolve without being made as a whole.
+
+    What makes kernels may give them in this form, where that saves time on some shapes.
+
+    Attributes:
+        kernel_shape (tuple[int, ...]): (C_out, C_in / groups, *kernel_size).
+    """
+
+    kernel_shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the kernels are computed from."""
+
+    @abstractmethod
+    def whole(self) -> Tensor:
+        """The kernels, shape (B or 1, C_out, C_in / groups, *kernel_size)."""
+
+    @abstractmethod
+    def convolves_faster(self, x: Tensor, geometry: Geometry) -> bool:
+        """Whether :meth:`convolve` can be used, and is faster than with :meth:`whole`."""
+
+    @abstractmethod
+    def convolve(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """The convolution of each sample with its kernel, without a graph."""
+
+    @abstractmethod
+    def convolve_backward(self, grad: Tensor, x: Tensor, geometry: Geometry) -> list[Tensor]:
+        """The gradients of x and of the ``tensors``, with :meth:`convolve` for that convolution."""
+
+
 def dynamic_conv(
     x: Tensor,
-    make_kernels: Callable[..., Tensor],
+    make_kernels: Callable[..., Tensor | FactoredKernels],
     sources: Sequence[Tensor],
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
@@ -45,7 +79,8 @@ def dynamic_conv(
         x (Tensor): Input, shape (B, C_in, *size). B may be 0.
         make_kernels (Callable): From the sources to the kernels, shape (B, C_out, C_in / groups,
             *kernel_size), or with 1 in place of B for a kernel that all samples share. It runs
-            without autocast, and its result is cast to the type of the convolution.
+            without autocast, and its result is cast to the type of the convolution. It may also be
+            :class:`FactoredKernels`.
         sources (Sequence[Tensor]): What it is called with. The type of the first is that of the
             layer's weights, which tells the type of the convolution.
         bias (Tensor, optional): Shape (C_out,), or (B, C_out) for one of each sample.
@@ -83,24 +118,31 @@ def dynamic_conv(
 class _Call(NamedTuple):
     """What a call has besides its tensors, which are x, the sources and the modulators."""
 
-    make_kernels: Callable[..., Tensor]
+    make_kernels: Callable[..., Tensor | FactoredKernels]
     modulate: Callable[..., Tensor] | None
     sources: int
     conv_args: tuple[Any, ...]
 
-    def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Geometry]:
-        """What is convolved, the kernels in its type, and the geometry."""
+    def prepare(
+        self, tensors: Sequence[Tensor], whole: bool = False
+    ) -> tuple[Tensor, Any, Geometry]:
+        """What is convolved, the kernels, and the geometry; ``whole`` kernels are a tensor."""
         x, end = tensors[0], 1 + self.sources
         with without_autocast(x.device.type):
-            kernels = self.make_kernels(*tensors[1:end])
+            kernels: Any = self.make_kernels(*tensors[1:end])
+            factored = isinstance(kernels, FactoredKernels)
             if self.modulate is not None:
                 x = self.modulate(x, *tensors[end:])
-        geometry, uneven = resolve_geometry(kernels.shape[3:], *self.conv_args)
-        return F.pad(x, uneven) if uneven else x, cast(kernels, x.dtype), geometry
+            shape = kernels.kernel_shape if factored else kernels.shape[1:]
+            geometry, uneven = resolve_geometry(shape[2:], *self.conv_args)
+            x = F.pad(x, uneven) if uneven else x
+            if factored and (whole or not kernels.convolves_faster(x, geometry)):
+                kernels, factored = kernels.whole(), False
+        return x, kernels if factored else cast(kernels, x.dtype), geometry
 
     def formula(self, tensors: Sequence[Tensor]) -> Tensor:
         """The output in plain operations."""
-        x, kernels, geometry = self.prepare(tensors)
+        x, kernels, geometry = self.prepare(tensors, whole=True)
         with without_autocast(x.device.type):
             return convolve_each_sample(x, kernels, geometry)
 
@@ -108,13 +150,17 @@ class _Call(NamedTuple):
         """The output without a graph."""
         with torch.enable_grad():  # of what it should not read; the tensors themselves need none
             x, kernels, geometry = self.prepare([t.detach() for t in tensors])
-        if x.requires_grad or kernels.requires_grad:
+        if any(t.requires_grad for t in (x, *_tensors(kernels))):
             raise RuntimeError(
                 'make_kernels or modulate reads a tensor that needs a gradient and is none of its '
                 'arguments: pass it with the sources or modulators'
             )
         with torch.no_grad(), without_autocast(x.device.type):
-            return laid_out_as(tensors[0], _convolve(x.contiguous(), kernels, geometry))
+            if isinstance(kernels, FactoredKernels):
+                y = kernels.convolve(x, geometry)
+            else:
+                y = _convolve(x.contiguous(), kernels, geometry)
+            return laid_out_as(tensors[0], y)
 
     def backward(
         self, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
@@ -123,12 +169,15 @@ class _Call(NamedTuple):
         inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
         with torch.enable_grad():
             x, kernels, geometry = self.prepare(inputs)
+        grad = grad.contiguous()
         with torch.no_grad(), without_autocast(x.device.type):
-            wanted = x.requires_grad, kernels.requires_grad
-            grads = _convolution_backward(
-                grad.contiguous(), x.contiguous(), kernels, geometry, *wanted
-            )
-        return _gradients((x, kernels), grads, inputs, create_graph=False)
+            grads: Sequence[Tensor | None]
+            if isinstance(kernels, FactoredKernels):
+                grads = kernels.convolve_backward(grad, x, geometry)
+            else:
+                wanted = x.requires_grad, kernels.requires_grad
+                grads = _convolution_backward(grad, x.contiguous(), kernels, geometry, *wanted)
+        return _gradients((x, *_tensors(kernels)), grads, inputs, create_graph=False)
 
     def differentiable_backward(
         self, grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
@@ -166,6 +215,10 @@ class _DynamicConv(torch.autograd.Function):
         return None, *ctx.call.backward(grad, tensors, needed)
 
 
+def _tensors(kernels: Tensor | FactoredKernels) -> list[Tensor]:
+    return kernels.tensors if isinstance(kernels, FactoredKernels) else [kernels]
+
+
 def _gradients(
     outputs: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -173,7 +226,8 @@ def _gradients(
     create_graph: bool,
 ) -> list[Tensor | None]:
     """The gradients of the inputs, None for those that need none."""
-    made = [(t, g) for t, g in zip(outputs, grads, strict=True) if g is not None]
+    pairs = zip(outputs, grads, strict=True)
+    made = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
     found = iter(
         torch.autograd.grad(
             [t for t, _ in made],

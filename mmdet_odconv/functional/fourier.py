@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import at_least_float32, cast
+from .fourier_kernels import FourierKernels, local_windows
 
 
 def spectrum_from_kernel(kernel: Tensor, groups: int = 1) -> Tensor:
@@ -85,7 +85,7 @@ def fdconv_kernels(
     spatial: Tensor | None = None,
     descriptor: Tensor | None = None,
     local: Tensor | None = None,
-) -> Tensor:
+) -> FourierKernels:
     """The kernel of each sample, c ⊗ f ⊗ s ⊙ 2σ(l) ⊙ F⁻¹(k · P) times ``gain``.
 
     Args:
@@ -101,53 +101,35 @@ def fdconv_kernels(
         local (Tensor, optional): Shape (C_out · k_h · k_w, 1, q), q odd.
 
     Returns:
-        Tensor: Shape (B, C_out, C_in / groups, k_h, k_w), float32 or wider, with 1 in place of B
-        if nothing depends on the sample.
+        FourierKernels: Its method ``whole`` gives them as a tensor of shape (B, C_out,
+        C_in / groups, k_h, k_w), float32 or wider, with 1 in place of B if nothing depends on
+        the sample.
     """
-    spectrum = cast(spectrum, at_least_float32(spectrum.dtype))
-    (c_out, reads, k_h, k_w), groups = kernel_shape, len(spectrum)
+    dtype = at_least_float32(spectrum.dtype)
+    optional = (kernel, channel, filter, spatial, descriptor, local)
+    kernel, channel, filter, spatial, descriptor, local = (
+        None if t is None else cast(t, dtype) for t in optional
+    )
+    spectrum = cast(spectrum, dtype)
+    (_, reads, k_h, k_w), (groups, rows) = kernel_shape, spectrum.shape[:2]
     scale = spectrum_scale(kernel_shape, groups) * gain * (1 if descriptor is None else 2)
     if kernel is None:
-        mixed = spectrum[None] * scale
+        spectrum = spectrum * scale
     else:
-        index = frequency_group.flatten().long().expand(len(kernel), -1)
-        by_frequency = (cast(kernel, spectrum.dtype) * scale).gather(1, index)
-        mixed = spectrum * by_frequency.view(-1, 1, *spectrum.shape[1:3], 1)
-    matrices = _inverse_transform(mixed, reads * k_w)
-    kernels = matrices.view(-1, groups, c_out // groups, k_h, reads, k_w).transpose(3, 4)
-    # As rows in one piece, which the products below run through in one go.
-    kernels = kernels.reshape(-1, groups, c_out // groups, reads * k_h * k_w)
+        kernel = kernel * scale
     columns = None if channel is None else channel.view(-1, groups, 1, reads, 1)
     if spatial is not None:
-        spatial = spatial.view(-1, 1, 1, 1, k_h * k_w)
-        columns = spatial.expand(-1, -1, -1, reads, -1) if columns is None else columns * spatial
-    elif columns is not None:
-        columns = columns.expand(-1, -1, -1, -1, k_h * k_w)
+        spatial = spatial.view(-1, 1, k_h, 1, k_w)
+        columns = spatial if columns is None else columns * spatial
     if columns is not None:
-        kernels = kernels * columns.flatten(3)
-    if filter is not None:
-        kernels = kernels * filter.view(-1, groups, c_out // groups, 1)
+        columns = columns.expand(-1, groups, k_h, reads, k_w)
+    windows = None
     if descriptor is not None and local is not None:
-        shape = (groups, c_out // groups, reads, k_h * k_w)
-        kernels = kernels * torch.sigmoid(_local_logits(descriptor, local, shape)).flatten(3)
-    return kernels.reshape(-1, *kernel_shape)
-
-
-def _inverse_transform(spectrum: Tensor, columns: int) -> Tensor:
-    """From (B, groups, rows, columns // 2 + 1, 2) to real matrices (B, groups, rows, columns)."""
-    if spectrum.shape[0] == 0:  # which MKL does not transform
-        return spectrum.flatten(3)[..., :columns]
-    # As two transforms, because irfft2 makes a copy first.
-    return torch.fft.irfft(torch.fft.ifft(torch.view_as_complex(spectrum), dim=2), n=columns)
-
-
-def _local_logits(descriptor: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """l, of ``shape`` (groups, C_out / groups, C_in / groups, positions) after B."""
-    groups, c_out, reads, positions = shape
-    q = weight.shape[2]
-    windows = F.pad(descriptor, (q // 2, q // 2)).unfold(1, q, 1)
-    windows = windows.reshape(-1, groups, 1, reads, q)
-    return windows @ weight.view(groups, c_out, positions, q).mT
+        windows = local_windows(descriptor, groups, local.shape[2], k_w)
+        local = local.view(groups, rows, -1)
+    return FourierKernels(
+        tuple(kernel_shape), frequency_group, spectrum, kernel, filter, columns, local, windows
+    )
 
 
 def modulate_bands(x: Tensor, attention: Tensor, factors: Sequence[int] = (2, 4, 8)) -> Tensor:
@@ -175,7 +157,7 @@ def modulate_bands(x: Tensor, attention: Tensor, factors: Sequence[int] = (2, 4,
         after = attention[:, i + 1 : i + 2] if i + 1 < len(factors) else 1
         rows, columns = (low_pass_rank(size, factor) for size in x.shape[2:])
         low = height[:, :rows] @ (coefficients[..., :rows, :columns] @ width[:, :columns].t())
-        out = out + low * (after - attention[:, i : i + 1])
+        out = torch.addcmul(out, low, after - attention[:, i : i + 1])
     return cast(out, x.dtype)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from .._checks import ArgumentError, check_integer, check_sizes
 from ..functional import Attentions, at_least_float32, dynamic_conv, squeeze
 from ..functional.attention import cast
+from ..functional.dynamic_conv import FactoredKernels
 from ..functional.implementation import resolve_geometry
 from ..functional.operator import convolution_dtype, needs_plain_operations
 from .valid_pooling import ValidSizes
@@ -305,7 +306,7 @@ class DynamicConvNd(nn.Module):
     def convolve(
         self,
         x: Tensor,
-        make_kernels: Callable[..., Tensor],
+        make_kernels: Callable[..., Tensor | FactoredKernels],
         sources: Sequence[Tensor],
         modulate: Callable[..., Tensor] | None = None,
         modulators: Sequence[Tensor] = (),

@@ -18,6 +18,7 @@ from ..compat import without_autocast
 from ..functional import Attentions, at_least_float32
 from ..functional.attention import cast
 from ..functional.fourier import (
+    FourierKernels,
     fdconv_kernels,
     frequency_groups,
     modulate_bands,
@@ -188,12 +189,11 @@ class FDConv2d(DynamicConvNd):
             optional['filter'] = self.scale.expand(len(x), -1) if f is None else f * self.scale
         given = {name: tensor for name, tensor in optional.items() if tensor is not None}
 
-        def make_kernels(spectrum: Tensor, *tensors: Tensor) -> Tensor:
+        def make_kernels(spectrum: Tensor, *tensors: Tensor) -> FourierKernels:
             factors = dict(zip(given, tensors, strict=True))
-            kernels = fdconv_kernels(
+            return fdconv_kernels(
                 spectrum, self.frequency_group, self.kernel_shape, self.attention.gain, **factors
             )
-            return kernels
 
         sources = [self.weight, *given.values()]
         if self.bands is None:

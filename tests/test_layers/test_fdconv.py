@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from mmdet_odconv import FDConv2d, convert_to_odconv, fuse_odconv_bn
+from mmdet_odconv.functional import fourier_kernels
 from mmdet_odconv.functional.fourier import frequency_groups
 from tests.reference import randomise, reference_norm
 
@@ -140,17 +141,29 @@ def plain_conv(model, kernel, x):
     return conv(x)
 
 
+@pytest.fixture(params=['whole kernels', 'kernels in parts'])
+def form(request, monkeypatch):
+    """Small layers computed with whole kernels, as they are by themselves, or as large ones are."""
+    if request.param == 'kernels in parts':
+        monkeypatch.setattr(fourier_kernels, 'LEAST_ENTRIES', 1)
+        monkeypatch.setattr(fourier_kernels, 'MOST_POSITIONS', 10**6)
+        monkeypatch.setattr(fourier_kernels, 'BLOCK_ENTRIES', 100)
+    return request.param
+
+
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('training', [True, False])
-def test_output_is_that_of_the_slow_formula(case, training):
+def test_output_is_that_of_the_slow_formula(case, training, form):
     model = randomised(layer(**CASES[case]).double()).train(training)
     x = image(model).double()
     with torch.no_grad():
         torch.testing.assert_close(model(x), slow_forward(model, x))
 
 
-@pytest.mark.parametrize('case', ['plain', 'grouped', 'depthwise', 'pointwise', 'no norm'])
-def test_gradients(case):
+@pytest.mark.parametrize(
+    'case', ['plain', 'grouped', 'depthwise', 'pointwise', 'not square, strided', 'no norm']
+)
+def test_gradients(case, form):
     model = randomised(layer(**CASES[case] | dict(kernel_num=3)).double()).eval()
     x = image(model, 2, 4).double().requires_grad_()
     names = [name for name, _ in model.named_parameters()]
@@ -162,7 +175,7 @@ def test_gradients(case):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_static_weights_keep_their_function(case):
+def test_static_weights_keep_their_function(case, form):
     model = randomised(layer(**CASES[case]))
     x = image(model)
     torch.manual_seed(1)
@@ -187,6 +200,34 @@ def test_static_weights_keep_their_function(case):
         model.train(mode)
         difference = (model(x) - expected).abs().max() / expected.abs().max()
         assert difference < 1e-5
+
+
+@pytest.mark.parametrize('case', [c for c in CASES if c not in ('one kernel', 'no attention')])
+def test_both_forms_give_the_same_gradients(case, monkeypatch):
+    model = randomised(layer(**CASES[case])).eval()
+    x, gradients = image(model), {}
+    for least in (1, 10**9):
+        monkeypatch.setattr(fourier_kernels, 'LEAST_ENTRIES', least)
+        monkeypatch.setattr(fourier_kernels, 'MOST_POSITIONS', 10**6)
+        inputs = [x.clone().requires_grad_(), *model.parameters()]
+        y = model(inputs[0])
+        gradients[least] = torch.autograd.grad(y.square().sum(), inputs)
+    for a, b in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+def test_a_second_derivative(form):
+    model = randomised(layer().double()).eval()
+    x = image(model, 2, 4).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(model, x, fast_mode=True)
+
+
+def test_frozen_parts_get_no_gradient(form):
+    model = randomised(layer())
+    model.weight.requires_grad_(False)
+    model(image(model)).sum().backward()
+    assert model.weight.grad is None
+    assert model.attention.kernel_fc.weight.grad is not None
 
 
 def test_one_image_trains():
