@@ -17,7 +17,12 @@ from .conversion import (  # noqa: E402
     export_published_checkpoint,
     load_published_checkpoint,
 )
-from .deployment import collapse_static_layers, fuse_odconv_bn, prepare_for_inference  # noqa: E402
+from .deployment import (  # noqa: E402
+    collapse_static_layers,
+    fuse_odconv_bn,
+    prepare_for_export,
+    prepare_for_inference,
+)
 from .layers import (  # noqa: E402
     CalibratedNorm,
     CondConv2d,
@@ -76,6 +81,7 @@ __all__ = [
     'export_published_checkpoint',
     'fuse_odconv_bn',
     'load_published_checkpoint',
+    'prepare_for_export',
     'prepare_for_inference',
     'set_temperature',
     'use_valid_pooling',

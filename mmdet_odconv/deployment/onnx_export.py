@@ -12,6 +12,7 @@ from .dense_network import STRUCTURE, DenseNetwork, flatten
 from .detections import Detections
 from .onnx_operators import TRANSLATIONS
 from .preprocessing import describe_preprocessing
+from .written_layer import use_written_layers
 
 # Where a file with boxes says how its input is made, and what its outputs are.
 DESCRIPTION = 'mmdet_odconv.detector'
@@ -111,6 +112,7 @@ def _write(
         name: {dim: torch.export.Dim.DYNAMIC for dim in free if dim < value.dim()}
         for name, value in inputs.items()
     }
+    use_written_layers(network)
     with torch.no_grad():
         try:
             # Not by the exporter itself: mmdet takes other, older ways where it notices one.

@@ -4,6 +4,7 @@ Paper: Omni-Dimensional Dynamic Convolution, section 3.2
 (https://openreview.net/forum?id=DmpCfq6Mg39)
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -250,7 +251,7 @@ class ODAttention(nn.Module):
     def _normalise(self, h: Tensor) -> Tensor:
         """``self.bn`` on h, shape (B, A), also where a BatchNorm has too few values."""
         norm: Any = self._modules['bn']
-        if type(norm) is nn.Identity and _is_bare(norm):
+        if type(norm) is nn.Identity and is_bare(norm):
             return h
         if isinstance(norm, nn.Identity | nn.LayerNorm):
             return norm(h)
@@ -258,7 +259,7 @@ class ODAttention(nn.Module):
             few = norm.training and h.shape[0] < 4 and not _is_synchronised(norm)
             if few and h.shape[0] > 1 and not is_compiling():
                 warnings.warn(_FEW_SAMPLES, stacklevel=2)
-            constant = not norm.training and type(norm) in _BATCH_NORMS and _is_bare(norm)
+            constant = not norm.training and type(norm) in _BATCH_NORMS and is_bare(norm)
             mean, var = norm._buffers['running_mean'], norm._buffers['running_var']
             if mean is not None and (constant or (few and h.shape[0] < 2)):
                 # One value has no variance: such a step uses the statistics, untouched.
@@ -282,7 +283,7 @@ class ODAttention(nn.Module):
         return (
             type(self.fc) is Pointwise
             and type(self.bn) is not nn.Identity
-            and all(_is_bare(part) for part in parts)
+            and all(is_bare(part) for part in parts)
             and constant_affine(self.bn) is not None
         )
 
@@ -298,8 +299,8 @@ class ODAttention(nn.Module):
 class PreparedAttention(nn.Module):
     """What an :class:`ODAttention` in evaluation mode computes, in the fewest operations.
 
-    The norm and the temperature are in the weights, and one product takes the place of the heads.
-    :func:`~mmdet_odconv.prepare_for_inference` puts it into a model.
+    The norm, unless it is a LayerNorm, and the temperature are in the weights, and one product
+    takes the place of the heads. :func:`~mmdet_odconv.prepare_for_inference` puts it into a model.
 
     Args:
         attention (ODAttention): One for which :meth:`can_replace` holds. It is not changed.
@@ -319,10 +320,13 @@ class PreparedAttention(nn.Module):
             head_weight=weight, head_bias=bias, fc_weight=None, fc_bias=None
         )
         affine = constant_affine(attention.bn)
+        self.register_module('norm', None)
         if fc is not None and affine is not None:
             scale, shift = affine
             values['fc_weight'] = fc.weight.flatten(1).double() * scale[:, None]
             values['fc_bias'] = shift.expand(fc.weight.shape[0])
+        elif fc is not None:
+            values['fc_weight'], self.norm = fc.weight.flatten(1).double(), attention.bn
         like = heads[0].weight
         for name, value in values.items():
             if value is not None:
@@ -333,17 +337,37 @@ class PreparedAttention(nn.Module):
 
     @staticmethod
     def can_replace(attention: ODAttention) -> bool:
-        """Whether nothing else reads the parts of ``attention``, and its norm is a constant."""
+        """Whether nothing else reads the parts of ``attention``, and it has the same form for all
+        inputs: its norm is a constant or a LayerNorm."""
         parts = [*attention._heads(), *([] if attention.fc is None else [attention.fc])]
         return (
             type(attention) is ODAttention
             and not attention.training
             and bool(parts)
-            and all(type(part) is Pointwise and _is_bare(part) for part in parts)
-            and _is_bare(attention)
-            and _is_bare(attention.bn)
-            and (attention.fc is None or constant_affine(attention.bn) is not None)
+            and all(type(part) is Pointwise and is_bare(part) for part in parts)
+            and is_bare(attention)
+            and is_bare(attention.bn)
+            and (
+                attention.fc is None
+                or type(attention.bn) is nn.LayerNorm
+                or constant_affine(attention.bn) is not None
+            )
         )
+
+    def rearranged(self, places: Sequence[Tensor]) -> 'PreparedAttention':
+        """A copy whose attentions have other entries.
+
+        Args:
+            places (Sequence[Tensor]): For the channel, filter, spatial and kernel attention, which
+                logits of this one its entries are.
+        """
+        other = copy.deepcopy(self)
+        other.sizes = tuple(len(part) for part in places)
+        for name in ('head_weight', 'head_bias'):
+            values = getattr(self, name)
+            rearranged = nn.Parameter(values.detach()[..., torch.cat(list(places))])
+            setattr(other, name, rearranged.requires_grad_(values.requires_grad))
+        return other
 
     @property
     def temperature(self) -> Tensor:
@@ -366,16 +390,22 @@ class PreparedAttention(nn.Module):
             h = h.to(weight.dtype)
         if not x.is_meta and autocast_is_on(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                logits = _two_products(h, parameters)
+                logits = self.logits(h)
         else:
-            logits = _two_products(h, parameters)
+            logits = self.logits(h)
         return activate(logits, self.sizes, None, self.kernel_activation)
 
-
-def _two_products(h: Tensor, parameters: Any) -> Tensor:
-    if parameters['fc_weight'] is not None:
-        h = torch.addmm(parameters['fc_bias'], h, parameters['fc_weight']).relu()
-    return torch.addmm(parameters['head_bias'], h, parameters['head_weight'])
+    def logits(self, pooled: Tensor) -> Tensor:
+        """The logits of all heads side by side, from averages (B, C_in) in the weights' type."""
+        parameters, h, norm = self._parameters, pooled, self._modules['norm']
+        head_bias: Any = parameters['head_bias']
+        head_weight: Any = parameters['head_weight']
+        fc_bias, fc_weight = parameters['fc_bias'], parameters['fc_weight']
+        if norm is not None and fc_weight is not None:
+            h = norm(h @ fc_weight).relu()
+        elif fc_bias is not None and fc_weight is not None:
+            h = torch.addmm(fc_bias, h, fc_weight).relu()
+        return torch.addmm(head_bias, h, head_weight)
 
 
 def constant_affine(norm: Any) -> tuple[Tensor, Tensor] | None:
@@ -507,7 +537,7 @@ def _check_attentions(attentions: Sequence[str], kernel_num: int) -> None:
         )
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether a call of ``module`` is nothing but the ``forward`` of its class."""
     return not (
         module._forward_hooks
@@ -528,7 +558,7 @@ def _parameters_to_join(heads: list[Any]) -> tuple[list[Tensor], list[Tensor]] |
     biases: list[Any] = []
     entries = 0
     for head in heads:
-        if type(head) is not Pointwise or not _is_bare(head):
+        if type(head) is not Pointwise or not is_bare(head):
             return None
         weights.append(head._parameters['weight'])
         biases.append(head._parameters['bias'])

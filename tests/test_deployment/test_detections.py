@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
+from mmengine.structures import InstanceData
 from torch import nn
 
 from mmdet_odconv.compat import ONNX_EXPORT
@@ -21,6 +23,7 @@ from mmdet_odconv.deployment import (
     use_onnx_network,
 )
 from mmdet_odconv.deployment.onnx_export import DESCRIPTION
+from mmdet_odconv.deployment.onnx_network import OnnxNetwork
 from tests.conftest import ROOT
 from tests.predictions import predict
 from tests.test_deployment.test_fuse import prepare
@@ -288,7 +291,13 @@ def test_the_description_of_the_preprocessing():
         describe_preprocessing(model)
 
 
-@pytest.fixture(scope='module', params=[*CONFIGS, 'retinanet-2', 'retinanet-free', 'faster-rcnn-2'])
+SEVERAL = [
+    'retinanet-2', 'retinanet-free', 'atss-2', 'fcos-free', 'yolox-2', 'rtmdet-free',
+    'faster-rcnn-2', 'cascade-rcnn-free', 'mask-rcnn-2',
+]  # fmt: skip
+
+
+@pytest.fixture(scope='module', params=[*CONFIGS, *SEVERAL])
 def exported(request, _onnx_export, tmp_path_factory):
     """A file of each family for one image, and some for more."""
     torch.manual_seed(0)
@@ -329,6 +338,30 @@ def model_family(model):
         CascadeRCNN='cascade-rcnn', MaskRCNN='mask-rcnn',
     )  # fmt: skip
     return kinds[type(model).__name__]
+
+
+@pytest.mark.slow
+def test_each_image_of_a_batch_gets_what_it_gets_alone(exported):
+    """Images of several sizes, padded to one."""
+    model, path, _, batch = exported
+    if batch == '1':
+        pytest.skip('a file for one image')
+    sizes = ((3, 96, 128), (3, 90, 120), (3, 96, 100), (3, 64, 128))[: 2 if batch == '2' else 4]
+    inputs = inputs_of(model, batch_of(model, sizes))
+    outputs = OnnxNetwork(path).flat(*inputs)
+    network = Detections(model)
+    for i in range(len(sizes)):
+        alone = [part[i : i + 1] for part in inputs]
+        with torch.no_grad():
+            boxes, scores, labels, *masks = network(*alone)
+        found = labels[0] >= 0
+        sample = InstanceData(bboxes=boxes[0][found], scores=scores[0][found])
+        sample.labels = labels[0][found]
+        assert_same_detections(
+            [output[i : i + 1] for output in outputs], [SimpleNamespace(pred_instances=sample)]
+        )
+        for mask in masks:
+            assert abs(outputs[3][i][found].mean() - mask[0][found].mean()) < 1e-3
 
 
 @pytest.mark.slow

@@ -322,7 +322,7 @@ def test_the_log_says_what_was_folded(model, message, level, monkeypatch):
     assert told == [(f'prepare_for_inference {message}; {products}', level)]
 
 
-NORMS = [dict(type='BN'), dict(type='CalibratedNorm'), None]
+NORMS = [dict(type='BN'), dict(type='CalibratedNorm'), dict(type='LN'), None]
 
 
 @pytest.mark.parametrize('norm', NORMS)
@@ -339,8 +339,9 @@ def test_an_attention_becomes_two_products(kind, kernel_num, norm):
     randomise(model)
     check(model, X[model[0].ndim], bound=1e-10)
     attention = model[0].attention
-    assert [*attention.children()] == []
-    products = {n.partition('_')[0] for n, _ in attention.named_parameters()}
+    keeps_norm = 'norm_cfg' in options and norm == dict(type='LN')
+    assert [type(child) for child in attention.children()] == [nn.LayerNorm] * keeps_norm
+    products = {n.partition('_')[0] for n, _ in attention.named_parameters(recurse=False)}
     assert products == ({'head'} if kind is CondConv2d else {'fc', 'head'})
     assert copy.deepcopy(model)[0].temperature == 1.0
     with pytest.raises(RuntimeError, match='temperature inside'):
@@ -352,7 +353,7 @@ def test_an_attention_that_something_else_reads_stays():
         lambda a: a.kernel_fc.register_forward_hook(lambda *_: None),
         lambda a: prune.l1_unstructured(a.fc, 'weight', 1),
         lambda a: a.train(),
-        lambda a: setattr(a, 'bn', nn.LayerNorm(16)),
+        lambda a: setattr(a, 'bn', nn.GroupNorm(4, 16)),
     ):
         model = sequence(ODConv2d(4, 6, 3)).float()
         change(model[0].attention)

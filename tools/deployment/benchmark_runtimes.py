@@ -8,6 +8,7 @@ compare. With --write-only the files are written and nothing is timed.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -23,7 +24,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_odconv import ODMobileNetV2, ODResNet, cli, fuse_odconv_bn
+from mmdet_odconv import (
+    ODMobileNetV2,
+    ODResNet,
+    cli,
+    prepare_for_export,
+    prepare_for_inference,
+)
 from mmdet_odconv.deployment import Detections, export_detector
 
 BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = {
@@ -63,7 +70,7 @@ def network(name: str, kernel_num: int | None) -> nn.Module:
         options = options if kernel_num is None else dict(options, kernel_num=kernel_num)
         model = (plain if kernel_num is None else dynamic)(**options)
         model.eval()
-        return fuse_odconv_bn(model)
+        return prepare_for_inference(model)
     config = Config.fromfile(CONFIGS / DETECTORS[name]).model
     config.backbone.init_cfg = None
     if kernel_num is None:
@@ -89,6 +96,7 @@ def write(name: str, model: nn.Module, path: Path, size: int) -> None:
     if name in DETECTORS:
         export_detector(model, path, (size, size), free_size=False)
         return
+    model = prepare_for_export(copy.deepcopy(model))
     with torch.no_grad():
         exported = torch.export.export(model, (inputs_of(name, size)['image'],), strict=False)
     program = torch.onnx.export(exported, dynamo=True, input_names=['image'], verbose=False)
