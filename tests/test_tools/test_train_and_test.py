@@ -58,7 +58,9 @@ def run_in_this_process(name, args, folder, env, stdout, stderr=None):
     os.chdir(folder)
     os.environ.update(env)
     sys.argv = [name, *map(str, args)]
-    runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+    tool = ROOT / 'tools' / name
+    sys.path.insert(0, str(tool.parent))
+    runpy.run_path(str(tool), run_name='__main__')
 
 
 def records(work_dir):
