@@ -148,6 +148,8 @@ MOST_NODES = [
     (dict(kernel_num=4, kernel_size=1, padding=0), 14),
     (dict(kernel_num=4, norm_cfg=dict(type='LN')), 16),
     (dict(kernel_num=1), 12),
+    (dict(kernel_num=1, kernel_size=1, padding=0), 11),
+    (dict(kernel_num=1, norm_cfg=dict(type='LN')), 13),
 ]
 
 
