@@ -56,11 +56,11 @@ def activate(
     if temperature is not None:
         logits = logits / temperature
     kernel, kernel_num = [], sizes[3]
-    if kernel_num and kernel_activation == 'softmax':
-        width = logits.shape[1] - kernel_num
-        if width == 0:
-            return Attentions(kernel=logits.softmax(1))
-        logits, last = logits.split_with_sizes((width, kernel_num), 1)
+    softmax = kernel_activation == 'softmax'
+    if kernel_num and kernel_num == logits.shape[1]:  # the only one, with nothing to split
+        return Attentions(kernel=logits.softmax(1) if softmax else logits.sigmoid())
+    if kernel_num and softmax:
+        logits, last = logits.split_with_sizes((logits.shape[1] - kernel_num, kernel_num), 1)
         kernel, sizes = [last.softmax(1)], sizes[:3]
     parts = list(logits.sigmoid().split_with_sizes([size for size in sizes if size], 1))
     return Attentions(*[parts.pop(0) if size else None for size in sizes], *kernel)

@@ -72,7 +72,7 @@ class ODAttention(nn.Module):
     """
 
     temperature: Tensor
-    # Whether the temperature is one of those that are set for a whole model.
+    # Whether there is a temperature, which is set for a whole model; else it is 1.
     is_annealed = True
     channel_fc: 'Pointwise | None'
     filter_fc: 'Pointwise | None'
@@ -205,8 +205,12 @@ class ODAttention(nn.Module):
         """Set T, which divides all logits.
 
         Raises:
-            ValueError: The temperature is not positive.
+            ValueError: The temperature is not positive, or not 1 where there is none.
         """
+        if not self.is_annealed and temperature != 1:
+            raise ArgumentError(
+                f'this attention has no temperature, so T must be 1, got {temperature}'
+            )
         self.temperature.fill_(check_positive('temperature', temperature))
 
     def forward(self, x: Tensor) -> Attentions:
@@ -224,7 +228,8 @@ class ODAttention(nn.Module):
                 logits = self._logits(pooled)
         else:
             logits = self._logits(pooled)
-        return activate(logits, self.sizes, self.temperature, self.kernel_activation)
+        temperature = self.temperature if self.is_annealed else None
+        return activate(logits, self.sizes, temperature, self.kernel_activation)
 
     def _activate(self, h: Tensor) -> Tensor:
         return torch.relu(h)
