@@ -157,7 +157,7 @@ def modulate_bands(x: Tensor, attention: Tensor, factors: Sequence[int] = (2, 4,
         after = attention[:, i + 1 : i + 2] if i + 1 < len(factors) else 1
         rows, columns = (low_pass_rank(size, factor) for size in x.shape[2:])
         low = height[:, :rows] @ (coefficients[..., :rows, :columns] @ width[:, :columns].t())
-        out = torch.addcmul(out, low, after - attention[:, i : i + 1])
+        out = out + low * (after - attention[:, i : i + 1])
     return cast(out, x.dtype)
 
 
