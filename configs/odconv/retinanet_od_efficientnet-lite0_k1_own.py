@@ -3,12 +3,7 @@
 docs/own_data.md says how to use it.
 """
 
-_base_ = [
-    '../_base_/models/retinanet_efficientnet-lite0.py',
-    '../_base_/datasets/own_detection.py',
-    '../_base_/schedules/schedule_fine_tune.py',
-    '../_base_/runtime_small.py',
-]
+_base_ = './retinanet_efficientnet-lite0_own.py'
 
 model = dict(
     type='ODConvModel',
@@ -19,7 +14,6 @@ model = dict(
         include='backbone',
         exclude='depthwise_conv',
     ),
-    bbox_head=dict(num_classes=len(_base_.metainfo.classes)),
 )
 optim_wrapper = dict(
     constructor='ODConvOptimWrapperConstructor',

@@ -8,9 +8,10 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from mmdet_odconv import ODConv2d
 from mmdet_odconv.safe_running import require_datasets
@@ -90,7 +91,7 @@ def test_a_folder_of_images_is_split(tmp_path, monkeypatch):
 @pytest.mark.usefixtures('_onnx_export')
 def test_a_small_detector(own, monkeypatch):
     monkeypatch.chdir(own.root)
-    (pip, *_), (_, converter, arch), *walk, longer = commands(SMALL_DETECTOR)
+    (pip, *_), (_, converter, arch), *walk, longer, _, _, _, _ = commands(SMALL_DETECTOR)
     assert pip == 'pip'
     assert (ROOT / converter).is_file()
     assert arch == 'lite0'
@@ -104,6 +105,24 @@ def test_a_small_detector(own, monkeypatch):
     assert len([*(own.root / 'outputs').glob('*.png')]) == 4
     config = Config.fromfile(own.root / longer[2])
     config.merge_from_dict(dict(option.split('=') for option in longer[4:]))
+
+
+def test_the_plain_twin_and_a_larger_backbone(own, monkeypatch):
+    monkeypatch.chdir(own.root)
+    register_all_modules()
+    *_, plain, _, (_, _, arch), larger = commands(SMALL_DETECTOR)
+    options = larger[larger.index('--cfg-options') + 1 :]
+    assert f'model.backbone.init_cfg.checkpoint=checkpoints/efficientnet-{arch}.pth' in options
+    changes = [DictAction._parse_iterable(o.partition('=')[2]) for o in options]
+    keys = [o.partition('=')[0] for o in options]
+    for path, merged in ((plain[2], {}), (larger[2], dict(zip(keys, changes, strict=True)))):
+        config = Config.fromfile(own.root / path)
+        config.merge_from_dict(merged)
+        config.model.backbone.init_cfg = None
+        detector = MODELS.build(config.model)
+        assert not any(isinstance(m, ODConv2d) for m in detector.modules())
+        assert detector.bbox_head.num_classes == len(CLASSES)
+        detector.extract_feat(torch.zeros(1, 3, 64, 64))
 
 
 def zoo_config(own):
