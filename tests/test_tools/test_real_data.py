@@ -131,7 +131,7 @@ def test_hituav_is_read_whole(hituav, monkeypatch):
 
 
 def test_deeppcb_keeps_its_size_for_the_pretrained_detector(deeppcb, monkeypatch):
-    name = 'retinanet_od_efficientnet-lite0_k1_deeppcb.py'
+    name = 'retinanet_od_efficientnet-lite0_deeppcb.py'
     train, val = build(name, 'DEEPPCB_ROOT', deeppcb, monkeypatch)
     assert tuple(train[0]['inputs'].shape) == (3, 320, 320)
     assert tuple(val[0]['inputs'].shape) == (3, 640, 640)

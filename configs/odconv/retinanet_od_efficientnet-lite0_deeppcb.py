@@ -1,4 +1,4 @@
-"""RetinaNet, EfficientNet-Lite0 with ODConv from ImageNet weights, K=1, on DeepPCB."""
+"""RetinaNet, EfficientNet-Lite0 with ODConv from ImageNet weights, K=4, on DeepPCB."""
 
 _base_ = './retinanet_efficientnet-lite0_deeppcb.py'
 
@@ -6,7 +6,7 @@ model = dict(
     type='ODConvModel',
     detector={{_base_.model.type}},
     odconv=dict(
-        kernel_num=1,
+        kernel_num=4,
         norm_cfg=dict(type='CalibratedNorm'),
         include='backbone',
         exclude='depthwise_conv',
