@@ -108,6 +108,8 @@ def test_condconv_has_no_temperature_to_anneal():
     model = nn.Sequential(CondConv2d(4, 6, 3), DyConv2d(6, 4, 3))
     assert set_temperature(model, 30.0) == 1
     assert [layer.temperature for layer in model] == [1.0, 30.0]
+    with pytest.raises(ValueError, match='has no temperature, so T must be 1, got 30'):
+        model[0].temperature = 30.0
 
 
 def test_a_bias_for_each_expert():

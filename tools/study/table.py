@@ -38,6 +38,7 @@ QUESTIONS: dict[str, list[Row]] = {
         ('Lite0, ODConv K = 4', 'hituav_lite0', 'od_k4_pointwise_attention10', 'plain'),
         ('EfficientNet-Lite1', 'hituav_lite0', 'plain_lite1', 'plain'),
         ('scans: Lite0, ODConv K = 1', 'deeppcb_lite0', 'od_k1_pointwise_attention10', 'plain'),
+        ('scans: Lite0, ODConv K = 4', 'deeppcb_lite0', 'od_k4_pointwise_attention10', 'plain'),
     ],
     'detectors': [
         (
