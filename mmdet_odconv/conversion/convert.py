@@ -188,7 +188,7 @@ def convert_to_odconv(
         else:
             kept.append((sites[0].name, reason))
 
-    _replace(model, layers)
+    replace_modules(model, layers)
     patch_init_weights(model)
     _warn_of_shared_norms(layers, convolutions)
     patch_fuse_methods(model)
@@ -288,7 +288,7 @@ def _require_same_function(layer: Any, conv: Any) -> None:
         )
 
 
-def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
     """Put the new layers into every place of the old ones."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

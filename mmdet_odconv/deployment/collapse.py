@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import check_number
 from ..analysis import DYNAMIC, AttentionMeter, evaluation_mode, odconv_layers
+from ..conversion.convert import replace_modules
 from ..safe_running import unwrapped
 
 
@@ -94,10 +95,7 @@ def collapse_static_layers(
             if conv is not None:
                 plain[layer] = conv.train(modes[name])
                 report.collapsed.append(name)
-        for parent in list(unwrapped(model).modules()):
-            for name, child in parent._modules.items():
-                if child in plain:
-                    parent._modules[name] = plain[child]
+        replace_modules(unwrapped(model), plain)
         for each, old in zip(inputs, before, strict=True):
             for one, other in zip(old, _tensors(run(each)), strict=True):
                 change = (other - one).abs().max() / one.square().mean().sqrt()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conversion.convert import replace_modules
 from ..functional.formula import convolve_each_sample, per_channel
 from ..functional.implementation import CONV, resolve_geometry
 from ..layers import ODConv1d, ODConv2d, ODConv3d
@@ -35,13 +36,8 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
 
 def use_written_layers(model: nn.Module) -> nn.Module:
     """Let the ODConv layers of a model that is prepared be :class:`WrittenODConv`, in place."""
-    written: dict[int, nn.Module] = {}  # a layer may stand at several places
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if WrittenODConv.can_replace(child):
-                if id(child) not in written:
-                    written[id(child)] = WrittenODConv(child)
-                parent._modules[name] = written[id(child)]
+    layers = [layer for layer in model.modules() if WrittenODConv.can_replace(layer)]
+    replace_modules(model, {layer: WrittenODConv(layer) for layer in layers})
     return model
 
 
