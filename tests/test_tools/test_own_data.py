@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -111,11 +112,12 @@ def test_the_plain_twin_and_a_larger_backbone(own, monkeypatch):
     monkeypatch.chdir(own.root)
     register_all_modules()
     *_, plain, _, (_, _, arch), larger = commands(SMALL_DETECTOR)
-    options = larger[larger.index('--cfg-options') + 1 :]
-    assert f'model.backbone.init_cfg.checkpoint=checkpoints/efficientnet-{arch}.pth' in options
-    changes = [DictAction._parse_iterable(o.partition('=')[2]) for o in options]
-    keys = [o.partition('=')[0] for o in options]
-    for path, merged in ((plain[2], {}), (larger[2], dict(zip(keys, changes, strict=True)))):
+    parser = ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    options = parser.parse_args(larger[larger.index('--cfg-options') :]).cfg_options
+    checkpoint = options['model.backbone.init_cfg.checkpoint']
+    assert checkpoint == f'checkpoints/efficientnet-{arch}.pth'
+    for path, merged in ((plain[2], {}), (larger[2], options)):
         config = Config.fromfile(own.root / path)
         config.merge_from_dict(merged)
         config.model.backbone.init_cfg = None
